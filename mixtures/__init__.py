@@ -1,0 +1,1 @@
+"""SeqIO mixtures: importing a module of this folder registers what it names."""

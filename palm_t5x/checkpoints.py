@@ -1,0 +1,331 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong run.
+
+    MODEL_DIR/checkpoint_<step>/state/...        the arrays (Orbax, OCDBT), T5X's tree
+    MODEL_DIR/checkpoint_<step>/metadata/...     what made it: step, data, config, ...
+    MODEL_DIR/checkpoint_<step>/checksums.json   blake2b of every file above
+
+Orbax writes into `checkpoint_<step>.orbax-checkpoint-tmp` in the background; the
+checksums are written and everything is fsynced there, and only then is the folder
+renamed. So a folder with the final name is whole, or it was damaged later, which the
+checksums tell. Restoring reshards onto any mesh.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from palm_t5x.errors import Failure, UserError
+from palm_t5x.train_state import TrainState
+
+CHECKSUMS = 'checksums.json'
+_TEMPORARY = '.orbax-checkpoint-tmp'
+_NAME = re.compile(r'^checkpoint_(\d+)$')
+# Orbax rewrites these while it renames; they hold nothing that is restored.
+_UNCHECKED = ('_CHECKPOINT_METADATA', 'commit_success.txt', CHECKSUMS)
+
+
+def _digests(folder: pathlib.Path, sync: bool = False) -> dict[str, str]:
+  """blake2b-128 of every file below `folder`, by relative path."""
+  digests = {}
+  for path in sorted(p for p in folder.rglob('*') if p.is_file()):
+    name = path.relative_to(folder).as_posix()
+    if name in _UNCHECKED:
+      continue
+    with path.open('rb') as f:
+      digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16))
+      if sync:
+        os.fsync(f.fileno())
+    digests[name] = digest.hexdigest()
+  return digests
+
+
+def _write_checksums(folder: pathlib.Path):
+  with (folder / CHECKSUMS).open('w') as f:
+    json.dump(_digests(folder, sync=True), f, indent=0)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def damage(folder: str | os.PathLike) -> str | None:
+  """What is wrong with a checkpoint folder, in words; None if it is whole."""
+  folder = pathlib.Path(folder)
+  try:
+    recorded = json.loads((folder / CHECKSUMS).read_text())
+  except FileNotFoundError:
+    return f'{CHECKSUMS} is missing'
+  except (OSError, ValueError) as e:
+    return f'{CHECKSUMS} is unreadable ({e})'
+  try:
+    found = _digests(folder)
+  except OSError as e:
+    return f'unreadable ({e})'
+  for name, digest in recorded.items():
+    if name not in found:
+      return f'{name} is missing'
+    if found[name] != digest:
+      return f'{name} has changed since it was written'
+  return None
+
+
+def steps_in(directory: str | os.PathLike) -> list[int]:
+  """Steps of the committed checkpoints in a run directory, oldest first."""
+  folder = pathlib.Path(directory)
+  if not folder.is_dir():
+    return []
+  matches = (_NAME.match(p.name) for p in folder.iterdir() if p.is_dir())
+  return sorted(int(m.group(1)) for m in matches if m)
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+  """The checkpoint folder that `path` means: itself, or a run's newest whole one.
+
+  Raises:
+    UserError: if there is none, naming what is there instead.
+  """
+  folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
+  if (folder / 'state').is_dir():
+    return folder
+  if folder.name == 'state' and folder.is_dir():
+    return folder.parent
+  steps = steps_in(folder)
+  for step in reversed(steps):
+    candidate = folder / f'checkpoint_{step}'
+    problem = damage(candidate)
+    if problem is None:
+      return candidate
+    logging.warning('checkpoint %s is damaged: %s.', candidate, problem)
+  if steps:
+    raise Failure(f'all {len(steps)} checkpoints in {folder} are damaged.')
+  near = steps_in(folder.parent)
+  hint = f' {folder.parent} has checkpoints of steps {near}.' if near else ''
+  raise UserError(f'no checkpoint at {folder}.{hint} Name a checkpoint or a run folder.')
+
+
+def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
+  """What made a checkpoint: step, data position, vocabulary hash, configuration, ..."""
+  return json.loads((pathlib.Path(folder) / 'metadata' / 'metadata').read_text())
+
+
+def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+    for path, leaf in leaves
+  }
+
+
+def _check_shapes(folder: pathlib.Path, wanted: dict[str, tuple[int, ...]]):
+  """Refuses a checkpoint of another model before anything is read.
+
+  Raises:
+    UserError: naming the parameters that differ.
+  """
+  handler = ocp.PyTreeCheckpointHandler()
+  stored = _flat_shapes(handler.metadata(folder / 'state').tree)
+  roots = {name.split('/')[0] for name in wanted}
+  stored = {n: s for n, s in stored.items() if n.split('/')[0] in roots}
+  differences = [
+    f'{name} is {stored.get(name, "absent")} there and {wanted.get(name, "absent")} here'
+    for name in sorted(stored.keys() | wanted.keys())
+    if stored.get(name) != wanted.get(name)
+  ]
+  if differences:
+    more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
+    raise UserError(
+      f'checkpoint {folder} is of another model: {"; ".join(differences[:3])}{more}. '
+      'Use the Gin files that made it (config.gin beside it), or another MODEL_DIR.'
+    )
+
+
+def load(
+  folder: str | os.PathLike, abstract: Any, dtype: str | None = None, verify: bool = True
+) -> Any:
+  """Restores (part of) a checkpoint's tree onto the shardings of `abstract`.
+
+  Args:
+    folder: a checkpoint folder.
+    abstract: tree of ShapeDtypeStruct with shardings; {'target': ...} for the
+      parameters alone, or TrainState.to_tree() for all.
+    dtype: if given, floating point leaves are restored in it.
+    verify: check the checksums first.
+
+  Raises:
+    Failure: if the checkpoint is damaged.
+    UserError: if it is of another model.
+  """
+  folder = pathlib.Path(folder)
+  problem = damage(folder) if verify else None
+  if problem:
+    raise Failure(
+      f'checkpoint {folder} is damaged: {problem}. Use an older one, or remove it.'
+    )
+  _check_shapes(folder, _flat_shapes(abstract))
+
+  def restore_args(leaf):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return ocp.ArrayRestoreArgs(
+      sharding=leaf.sharding,
+      global_shape=leaf.shape,
+      dtype=jnp.dtype(dtype) if dtype and floating else leaf.dtype,
+    )
+
+  return ocp.PyTreeCheckpointHandler().restore(
+    folder / 'state',
+    args=ocp.args.PyTreeRestore(
+      item=abstract,
+      restore_args=jax.tree.map(restore_args, abstract),
+      partial_restore=True,
+    ),
+  )
+
+
+@dataclasses.dataclass
+class Checkpointer:
+  """Saves and restores the checkpoints of one run (T5X's Checkpointer).
+
+  Attributes:
+    directory: the run's MODEL_DIR.
+    keep: how many newest checkpoints to keep; None keeps all.
+    dtype: floating point parameters are written in it ('float32' or 'bfloat16').
+  """
+
+  directory: str
+  keep: int | None = None
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    self._folder = pathlib.Path(self.directory)
+    self._tmp: pathlib.Path | None = None
+    self._async = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+    )
+
+  def clean(self):
+    """Removes what an interrupted save left behind."""
+    if jax.process_index() == 0 and self._folder.is_dir():
+      for leftover in self._folder.glob(f'checkpoint_*{_TEMPORARY}*'):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+  def _seal(self):
+    """Runs in Orbax's thread, when all files are there and before the rename."""
+    if jax.process_index() == 0:
+      _write_checksums(self._tmp)
+
+  def save(self, state: TrainState, metadata: dict[str, Any]):
+    """Starts a save; returns as soon as the arrays have left the devices.
+
+    Raises:
+      Failure: if this save, or the one before it, could not be written.
+    """
+    self.wait()
+    step = int(state.step)
+    folder = self._folder / f'checkpoint_{step}'
+    if folder.exists():
+      shutil.rmtree(folder)
+    self._tmp = folder.with_name(folder.name + _TEMPORARY)
+    tree = state.to_tree()
+    if jnp.dtype(self.dtype) != jnp.float32:
+      tree['target'] = jax.tree.map(
+        lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x, tree['target']
+      )
+    if jax.default_backend() == 'cpu':
+      # There Orbax would hold views of buffers that the next step donates.
+      tree = jax.tree.map(jnp.copy, tree)
+    try:
+      self._async.save(
+        folder,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(tree), metadata=ocp.args.JsonSave(metadata)
+        ),
+      )
+    except Exception as e:
+      raise self._failure(e) from e
+
+  def wait(self):
+    """Waits for the save in flight, then deletes checkpoints beyond `keep`.
+
+    Raises:
+      Failure: if it could not be written; earlier checkpoints are as they were.
+    """
+    try:
+      self._async.wait_until_finished()
+    except Exception as e:
+      raise self._failure(e) from e
+    if self.keep and jax.process_index() == 0:
+      for step in steps_in(self._folder)[: -self.keep]:
+        shutil.rmtree(self._folder / f'checkpoint_{step}', ignore_errors=True)
+
+  def _failure(self, error: Exception) -> Failure:
+    kept = steps_in(self._folder)
+    return Failure(
+      f'the checkpoint could not be written under {self._folder}: '
+      f'{_first_line(error)}. Checkpoints of steps {kept} are intact; free space or '
+      'name another MODEL_DIR, then run the same command again.'
+    )
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def close(self):
+    """Waits for the save in flight and ends Orbax's threads."""
+    try:
+      self.wait()
+    finally:
+      self._async.close()
+
+  def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+    """Restores the newest whole checkpoint; reports and passes over damaged ones.
+
+    Returns:
+      (state, metadata), or None if the run has no checkpoint.
+
+    Raises:
+      Failure: if there are checkpoints and all are damaged.
+    """
+    steps = steps_in(self._folder)
+    for step in reversed(steps):
+      folder = self._folder / f'checkpoint_{step}'
+      problem = damage(folder)
+      if problem:
+        logging.warning(
+          'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
+        )
+        continue
+      tree = load(folder, abstract.to_tree(), verify=False)
+      return TrainState.from_tree(tree), read_metadata(folder)
+    if steps:
+      raise Failure(
+        f'all {len(steps)} checkpoints in {self._folder} are damaged. Move them away '
+        'to start over.'
+      )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+  """The innermost cause in one line: 'No space left on device', not a trace."""
+  while error.__cause__ or error.__context__:
+    error = error.__cause__ or error.__context__
+  text = str(error) or type(error).__name__
+  if 'No space left' in text or 'Disk quota' in text or 'File too large' in text:
+    return re.search(r'No space left on device|Disk quota exceeded|File too large', text)[0]
+  return text.strip().splitlines()[0][:300]
+
+
+def param_count(params: Any) -> int:
+  """Number of parameters in a tree."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

@@ -1,0 +1,68 @@
+"""`t5x complete`: a prompt in, its continuation out, as it is generated."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from palm_t5x import generation, utils
+from palm_t5x.errors import UserError
+from palm_t5x.restored import restore_params
+
+
+def complete(
+  *,
+  model: Any,
+  restore_checkpoint_cfg: utils.RestoreCheckpointConfig,
+  partitioner: Any,
+  prompt: Sequence[str] | str = (),
+  max_new_tokens: int = 128,
+  temperature: float = 0.7,
+  topk: int = 40,
+  topp: float = 0.0,
+  num_samples: int = 1,
+  stop: Sequence[str] = (),
+  seed: int = 0,
+) -> list[str]:
+  """Continues a prompt and prints it; one sample streams, several are listed.
+
+  Args:
+    model: a models.BaseModel.
+    restore_checkpoint_cfg: the checkpoint, or a run directory (its newest).
+    partitioner: the mesh and its rules.
+    prompt: the text (words are joined by spaces); '-' reads standard input.
+    max_new_tokens: tokens to generate at most.
+    temperature: 0 is greedy.
+    topk: sample among the k likeliest tokens; 0 is all.
+    topp: sample among the likeliest tokens that hold this much probability; 0 is all.
+    num_samples: continuations.
+    stop: strings that end one.
+    seed: of the sampling.
+
+  Returns:
+    The continuations.
+
+  Raises:
+    UserError: without a prompt, or for a checkpoint that does not fit.
+  """
+  text = prompt if isinstance(prompt, str) else ' '.join(prompt)
+  if text == '-':
+    text = sys.stdin.read()
+  if not text:
+    raise UserError("no prompt: t5x complete --gin_file=... 'Once upon a time'")
+  config = generation.SamplingConfig(
+    max_new_tokens, temperature, topk, topp, num_samples, tuple(stop), seed
+  )
+  restored = restore_params(model, partitioner, restore_checkpoint_cfg)
+  generator = generation.Generator(model, partitioner, restored.params)
+  if num_samples > 1:
+    continuations = generator.text([text], config)[0]
+    for number, continuation in enumerate(continuations, 1):
+      print(f'--- {number}\n{text}{continuation}')
+    return continuations
+  print(text, end='', flush=True)
+  pieces = []
+  for piece in generator.stream(text, config):
+    print(piece, end='', flush=True)
+    pieces.append(piece)
+  print()
+  return [''.join(pieces)]

@@ -1,0 +1,106 @@
+"""`t5x describe`: what a configuration is, from shapes alone.
+
+Parameters, memory, FLOPs and tokens by the paper's formulas (App. B). Opens no
+vocabulary, data, network or device beyond the machine's own CPU.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from palm_t5x import utils
+from palm_t5x.checkpoints import param_count
+from palm_t5x.corpus.sampling import BatchSchedule
+
+_SECONDS_PER_DAY = 86_400
+
+
+def describe(
+  *,
+  model: Any,
+  train_dataset_cfg: utils.DatasetConfig | None = None,
+  partitioner: Any = None,
+  total_steps: int | None = None,
+) -> dict[str, Any]:
+  """Prints and returns the facts of a configuration.
+
+  Args:
+    model: a models.BaseModel.
+    train_dataset_cfg: gives sequence length and batch schedule.
+    partitioner: gives the mesh that is asked for; no device is needed.
+    total_steps: gives the training tokens.
+  """
+  facts: dict[str, Any] = {}
+  shapes = jax.eval_shape(
+    lambda rng: model.get_initial_variables(rng, {'decoder_input_tokens': (1, 1)}),
+    jax.random.key(0),
+  )['params']
+  facts |= _model_facts(model, shapes)
+  if train_dataset_cfg is not None:
+    facts |= _data_facts(model, train_dataset_cfg, total_steps)
+  if partitioner is not None:
+    facts['mesh'] = _mesh_text(partitioner)
+  for name, value in facts.items():
+    print(f'{name:42} {_text(value)}')
+  return facts
+
+
+def _model_facts(model: Any, shapes: Any) -> dict[str, Any]:
+  stored = param_count(shapes)
+  optimizer = jax.eval_shape(model.optimizer_def.init, shapes)
+  state_bytes = sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((shapes, optimizer))
+  )
+  return {
+    'parameters (as the paper counts)': model.num_params(),
+    'parameters (stored)': stored,
+    'parameters and optimizer state (bytes)': state_bytes,
+  }
+
+
+def _data_facts(
+  model: Any, cfg: utils.DatasetConfig, total_steps: int | None
+) -> dict[str, Any]:
+  facts: dict[str, Any] = {
+    'data': f'{cfg.name} ({cfg.split})',
+    'sequence length (tokens)': cfg.length,
+    'batch size (sequences)': _schedule_text(cfg.batch_size),
+  }
+  flops = model.flops_per_token(cfg.length)
+  facts['training FLOPs per token'] = flops
+  if total_steps:
+    tokens = BatchSchedule(cfg.batch_size).offset(total_steps) * cfg.length
+    facts['steps'] = total_steps
+    facts['training tokens'] = tokens
+    facts['training FLOPs'] = flops * tokens
+    facts['PFLOP/s-days'] = flops * tokens / 1e15 / _SECONDS_PER_DAY
+  return facts
+
+
+def _schedule_text(batch_size: utils.BatchSize) -> str:
+  if isinstance(batch_size, int):
+    return str(batch_size)
+  return ', '.join(f'{size} from step {first}' for first, size in batch_size)
+
+
+def _mesh_text(partitioner: Any) -> str:
+  ici: Sequence[int] | None = getattr(partitioner, 'ici_mesh_shape', None)
+  if ici is None:
+    return f'all devices, {getattr(partitioner, "num_partitions", None) or 1}-way model'
+  dcn = partitioner.dcn_mesh_shape or (1,) * len(ici)
+  names = partitioner.mesh_axis_names[-len(ici) :]
+  sizes = [i * d for i, d in zip(ici, dcn, strict=True)]
+  axes = ' x '.join(f'{name} {size}' for name, size in zip(names, sizes, strict=True))
+  return f'{axes} = {math.prod(sizes)} devices'
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, int):
+    return f'{value:,}' + (f'  ({value / 1e9:.2f} B)' if value >= 1e7 else '')
+  if isinstance(value, float):
+    return f'{value:.4g}'
+  return str(value)
+
+

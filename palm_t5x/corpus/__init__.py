@@ -1,0 +1,5 @@
+"""From raw text to rows of token ids: vocabulary, token stores, and their readers.
+
+No module here imports JAX. `codec`, `storage`, `token_store`, `sampling` and `reader`
+import neither SeqIO nor (so) TensorFlow; `vocabulary`, `sources` and `prepare` do.
+"""

@@ -1,0 +1,263 @@
+"""Makes ready what training reads: the vocabulary and one token store per task.
+
+Both are made once and kept under the cache directory; later runs open them.
+"""
+
+import difflib
+
+import numpy as np
+import seqio
+
+from palm_t5x import errors
+from palm_t5x.corpus import codec, sampling, sources, storage, token_store
+from palm_t5x.corpus import vocabulary as vocabulary_lib
+
+MIN_SAMPLE_BYTES = 4_000_000  # of text to learn a vocabulary from, or
+SAMPLE_BYTES_PER_PIECE = 1_000  # this many for each piece, if that is more
+
+
+def mixture_or_task(name) -> seqio.Task | seqio.Mixture:
+  """The registered task or mixture of this name, or `name` itself if it is one.
+
+  Raises:
+    UserError: there is none; the message names close ones.
+  """
+  if isinstance(name, seqio.Task | seqio.Mixture):
+    return name
+  names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+  if name not in names:
+    close = difflib.get_close_matches(str(name), names, n=3)
+    meant = f' Did you mean {" or ".join(repr(n) for n in close)}?' if close else ''
+    raise errors.UserError(
+      f"There is no task or mixture '{name}'.{meant} `t5x tasks` lists them all; a "
+      'module of your own that registers one must be imported by a Gin file.'
+    )
+  return seqio.get_mixture_or_task(name)
+
+
+def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
+  """The tasks of a mixture (or the task itself) that have `split`, with their rates.
+
+  Weights are relative; a task that has no such split is left out, as SeqIO does.
+
+  Raises:
+    UserError: no such mixture, no task has the split, or a rate cannot be computed.
+  """
+  provider = mixture_or_task(name)
+  base = split.split('[')[0]
+  chosen = [task for task in seqio.get_subtasks(provider) if base in task.splits]
+  if not chosen:
+    known = ', '.join(sorted(provider.splits))
+    raise errors.UserError(f"'{provider.name}' has no split '{split}': it has {known}.")
+  if isinstance(provider, seqio.Task):
+    return [(provider, 1.0)]
+  try:
+    weighted = [(task, float(provider.get_rate(task))) for task in chosen]
+  except (AssertionError, ValueError) as e:
+    raise errors.UserError(
+      f"The rates of mixture '{provider.name}' cannot be computed ({e}): give it "
+      'numbers, or cache its tasks with seqio_cache_tasks.'
+    ) from e
+  return [(task, weight) for task, weight in weighted if weight > 0]
+
+
+def store_path(
+  cache_dir: str, task: seqio.Task, split: str, vocabulary, seed: int = 0
+) -> str:
+  """Where the token store of a task lies: one folder per text and vocabulary."""
+  parts = [split.replace('/', '_'), codec.hash_of(vocabulary)[:12]]
+  fingerprint = getattr(task.source, 'fingerprint', None)
+  if fingerprint and fingerprint(split):
+    parts.append(fingerprint(split))
+  if seed:
+    parts.append(f'seed{seed}')
+  return storage.join(
+    storage.normalise(cache_dir), 'token_stores', task.name, '-'.join(parts)
+  )
+
+
+def prepare(
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture,
+  split: str,
+  vocabulary: seqio.Vocabulary,
+  cache_dir: str,
+  *,
+  seed: int = 0,
+  use_cached: bool = False,
+  progress=None,
+) -> list[tuple[str, token_store.TokenStore, float]]:
+  """Opens the token stores of a mixture's tasks, building those that are missing.
+
+  Args:
+    mixture_or_task_name: any registered SeqIO task or mixture with a 'targets' feature,
+      with or without 'inputs'.
+    split: such as 'train'.
+    vocabulary: the model's; its file must exist.
+    cache_dir: stores lie in <cache_dir>/token_stores/<task>/<split>-<vocabulary>...
+    seed: of the documents' order within each store.
+    use_cached: read SeqIO's own cache of a task where there is one.
+    progress: called as progress(label, done, total) while a store is being built.
+
+  Returns:
+    (task name, store, weight) for each task; weights are relative shares of rows.
+
+  Raises:
+    UserError: unknown name or split, a task without text, or of another vocabulary.
+    Failure: a damaged store, a full disk.
+  """
+  stores = []
+  for task, weight in tasks_and_weights(mixture_or_task_name, split):
+    _check_vocabulary(task, vocabulary)
+    path = store_path(cache_dir, task, split, vocabulary, seed)
+    label = f'tokenising {task.name}/{split}'
+
+    def report(done, total, label=label):
+      progress(label, done, total)
+
+    def documents(task=task):
+      return _documents(task, split, vocabulary, use_cached)
+
+    token_store.build(
+      path,
+      documents,
+      vocabulary,
+      task=task.name,
+      split=split,
+      seed=seed,
+      progress=report if progress else None,
+    )
+    stores.append((task.name, token_store.TokenStore(path), weight))
+  return stores
+
+
+def _check_vocabulary(task: seqio.Task, vocabulary) -> None:
+  if 'targets' not in task.output_features:
+    raise errors.UserError(
+      f"Task '{task.name}' has no 'targets' feature, only "
+      f'{", ".join(task.output_features)}: a language model is trained on targets.'
+    )
+  for key in ('inputs', 'targets'):
+    feature = task.output_features.get(key)
+    theirs = feature and feature.vocabulary
+    if theirs is None or isinstance(
+      theirs, vocabulary_lib.RunVocabulary | seqio.PassThroughVocabulary
+    ):
+      continue
+    if codec.hash_of(theirs) != codec.hash_of(vocabulary):
+      raise errors.UserError(
+        f"The feature '{key}' of task '{task.name}' is tokenised with {theirs}, the "
+        f'model with {vocabulary}: bind the same one, or give the feature '
+        'palm_t5x.corpus.vocabulary.RunVocabulary().'
+      )
+
+
+def _documents(task, split, vocabulary, use_cached=False):
+  """What `token_store.build` wants: texts, or examples that SeqIO has tokenised."""
+  if sources.is_plain_text(task) and not use_cached:
+    yield from task.source.documents(split)
+    return
+  with vocabulary_lib.using(vocabulary):
+    dataset = task.get_dataset(
+      sequence_length=None,
+      split=split,
+      use_cached=use_cached and bool(task.cache_dir),
+      shuffle=False,
+      seed=0,
+      num_epochs=1,
+    )
+    for example in dataset.as_numpy_iterator():
+      yield _example(task.name, example, vocabulary)
+
+
+def _example(name: str, example: dict, vocabulary) -> dict:
+  document = {}
+  for key in ('inputs', 'targets'):
+    if key not in example:
+      continue
+    ids = np.asarray(example[key])
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise errors.UserError(
+        f"The feature '{key}' of task '{name}' is {ids.dtype} of shape {ids.shape}, "
+        'not a sequence of token ids: it needs seqio.preprocessors.tokenize.'
+      )
+    document[key] = ids
+  text = example.get('targets_pretokenized')
+  if not isinstance(text, bytes):
+    text = vocabulary.decode(document['targets'].tolist()).encode()
+  return {**document, 'bytes': len(text)}
+
+
+def learn_vocabulary(
+  vocabulary: seqio.Vocabulary,
+  cache_dir: str | None = None,
+  *,
+  sample_bytes: int | None = None,
+  progress=None,
+) -> seqio.Vocabulary:
+  """Learns the vocabulary's file if it is missing and says what to learn it from.
+
+  From a sample of the training split of `vocabulary.learn_from`, in the mixture's
+  proportions and in a fixed order, so that the result is the same every time.
+
+  Args:
+    vocabulary: any; only a SentencePieceVocabulary with `learn_from` is ever learned.
+    cache_dir: where its file lies if its path is relative and it was given no
+      cache_dir of its own.
+    sample_bytes: how much text; by default 4 MB, or 1 kB per piece if that is more.
+    progress: called once as progress(label, 0, bytes) before learning begins.
+
+  Returns:
+    `vocabulary`, whose file now exists if it could be learned.
+
+  Raises:
+    UserError: nothing to learn from, or no `vocab_size`.
+  """
+  if cache_dir and getattr(vocabulary, 'cache_dir', cache_dir) is None:
+    vocabulary.cache_dir = cache_dir
+  name = getattr(vocabulary, 'learn_from', None)
+  if name is None or vocabulary.exists():
+    return vocabulary
+  if not vocabulary.has_size:
+    raise errors.UserError(
+      f'To learn {vocabulary.path} from {name}, the vocabulary needs its vocab_size.'
+    )
+  size = vocabulary.vocab_size
+  budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
+  with token_store.only_builder(vocabulary.path):
+    if vocabulary.exists():
+      return vocabulary
+    texts = _sample(name, budget)
+    if progress:
+      total = sum(len(text.encode(errors='replace')) for text in texts)
+      progress(f'learning {size:,} pieces from {name}', 0, total)
+    vocabulary_lib.train(texts, vocabulary.path, size, note=name)
+  return vocabulary
+
+
+def _sample(name: str, budget: int) -> list[str]:
+  weighted = tasks_and_weights(name, 'train')
+  total = sum(weight for _, weight in weighted)
+  sample = []
+  for task, weight in weighted:
+    texts = [text for text in _texts(task) if text]
+    keys = sampling.round_keys('vocabulary sample', task.name)
+    left = budget * weight / total
+    for i in sampling.permute(np.arange(len(texts)), max(len(texts), 1), keys):
+      if left <= 0:
+        break
+      # A document longer than what is left is cut, so that none takes all of it.
+      sample.append(texts[i][: max(1, int(left))])
+      left -= len(sample[-1].encode(errors='replace'))
+  return sample
+
+
+def _texts(task: seqio.Task) -> list[str]:
+  if sources.is_plain_text(task):
+    return list(task.source.documents('train'))
+  # Bytes as ids, so that a task's preprocessors run before there is a vocabulary.
+  stand_in = seqio.ByteVocabulary()
+  return [
+    stand_in.decode(np.append(example.get(key, []), 1).astype(int).tolist())
+    for example in _documents(task, 'train', stand_in)
+    for key in ('inputs', 'targets')
+  ]

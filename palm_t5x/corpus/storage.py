@@ -1,0 +1,93 @@
+"""Small files on a local disk or in a bucket, through TensorStore's key-value stores.
+
+A token store and a vocabulary may lie at a local path or at gs://bucket/path; both go
+through the same calls. Every write is atomic: a reader sees the old bytes or the new.
+"""
+
+import contextlib
+import os
+import posixpath
+import re
+
+import tensorstore as ts
+
+from palm_t5x import errors
+
+
+def is_remote(path: str) -> bool:
+  """Whether `path` names a bucket (gs://, s3://) rather than a local file."""
+  return '://' in path
+
+
+def normalise(path: str) -> str:
+  """`path` with ~ and $VARIABLES expanded and made absolute; URLs are left alone."""
+  path = os.fspath(path)
+  if is_remote(path):
+    return path.rstrip('/')
+  return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
+
+
+def join(folder: str, *names: str) -> str:
+  """`os.path.join`, for URLs too."""
+  return (posixpath if is_remote(folder) else os.path).join(folder, *names)
+
+
+def kvstore_spec(folder: str):
+  """TensorStore's description of the folder, as `ts.open` wants it."""
+  folder = normalise(folder)
+  if is_remote(folder):
+    return folder + '/'
+  return {'driver': 'file', 'path': folder + '/'}
+
+
+def _open(path: str):
+  folder, _, name = normalise(path).rpartition('/')
+  return ts.KvStore.open(kvstore_spec(folder or '/')).result(), name
+
+
+@contextlib.contextmanager
+def writing(path: str):
+  """Turns what TensorStore raises while writing `path` into one clear `Failure`."""
+  try:
+    yield
+  except (ValueError, OSError) as e:
+    text = str(e)
+    if re.search(r'RESOURCE_EXHAUSTED|[Nn]o space left|quota', text):
+      hint = 'the disk is full: free some space, or name another folder, and run again'
+    elif re.search(r'PERMISSION_DENIED|[Pp]ermission|[Rr]ead-only', text):
+      hint = 'it cannot be written to: name another folder'
+    else:
+      hint = text
+    raise errors.Failure(f'Cannot write {path}: {hint}.') from e
+
+
+def read_bytes(path: str) -> bytes | None:
+  """The file's bytes, or None where there is no such file.
+
+  Raises:
+    Failure: it is there and cannot be read.
+  """
+  try:
+    store, name = _open(path)
+    result = store.read(name).result()
+  except (ValueError, OSError) as e:
+    raise errors.Failure(f'Cannot read {path}: {e}') from e
+  return bytes(result.value) if result.state == 'value' else None
+
+
+def write_bytes(path: str, data: bytes) -> None:
+  """Writes the file atomically, making its folders.
+
+  Raises:
+    Failure: the disk is full or the folder cannot be written to.
+  """
+  with writing(path):
+    store, name = _open(path)
+    store.write(name, data).result()
+
+
+def delete_folder(folder: str) -> None:
+  """Deletes every file below `folder`; there may be none."""
+  with writing(folder):
+    store = ts.KvStore.open(kvstore_spec(folder)).result()
+    store.delete_range(ts.KvStore.KeyRange()).result()

@@ -1,0 +1,113 @@
+"""From a DatasetConfig to batches: what the train loop and the evaluations read.
+
+A training batch is a pure function of (seed, step): the schedule says which global
+examples step s reads, the reader turns example indices into rows of tokens, and each
+process reads only the rows of its own devices. No iterator, no shuffle buffer, no state
+beyond one number, the next example.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from palm_t5x import utils
+from palm_t5x.corpus import prepare
+from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
+from palm_t5x.corpus.sampling import BatchSchedule
+
+
+@dataclasses.dataclass
+class Position:
+  """Where a run stands in its data; saved in every checkpoint.
+
+  Attributes:
+    step: the next step.
+    examples_read: examples that the steps before it read.
+    skips: half-open ranges of example indices that are passed over.
+  """
+
+  step: int = 0
+  examples_read: int = 0
+  skips: tuple[tuple[int, int], ...] = ()
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain values for a checkpoint's metadata."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> 'Position':
+    """Inverse of to_json."""
+    skipped = tuple(tuple(s) for s in value.get('skips', ()))
+    return cls(value['step'], value['examples_read'], skipped)
+
+
+class TrainDataset:
+  """The training data of a run, addressed by step."""
+
+  def __init__(
+    self,
+    cfg: utils.DatasetConfig,
+    vocabulary: Any,
+    cache_dir: str,
+    seed: int,
+    position: Position | None = None,
+  ):
+    seed = seed if cfg.seed is None else cfg.seed
+    self.length = cfg.length
+    self.stores = prepare.prepare(
+      utils.get_mixture_or_task(cfg.mixture_or_task_name),
+      cfg.split,
+      vocabulary,
+      cache_dir,
+      seed=seed,
+    )
+    self.reader = MixtureReader(self.stores, cfg.length, seed)
+    position = position or Position()
+    planned = BatchSchedule(cfg.batch_size).examples_read(position.step)
+    # A run resumed with another batch size goes on at the example where it stopped.
+    self._schedule = BatchSchedule(
+      cfg.batch_size,
+      skips=position.skips,
+      shift=position.examples_read - planned,
+    )
+
+  @property
+  def bytes_per_token(self) -> float:
+    """UTF-8 bytes of text per token, averaged with the mixture's weights."""
+    total = sum(weight for _, _, weight in self.stores)
+    return sum(w / total * s.num_bytes / s.num_tokens for _, s, w in self.stores)
+
+  def batch_size(self, step: int) -> int:
+    """Sequences in the batch of `step`."""
+    return self._schedule.size(step)
+
+  def position(self, step: int) -> Position:
+    """The position before `step`, for a checkpoint."""
+    schedule = self._schedule
+    return Position(step, schedule.examples_read(step), schedule.skips)
+
+  def read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The given rows of the batch of `step`."""
+    return self.reader.examples(self._schedule.indices(step)[rows])
+
+  def batches(self, partitioner, start: int) -> Iterator[dict[str, jax.Array]]:
+    """Global batches of steps start, start+1, ... read ahead by one thread."""
+
+    def load(step: int) -> dict[str, jax.Array]:
+      return partitioner.shard_batch(
+        self.batch_size(step), lambda rows: self.read(step, rows)
+      )
+
+    return Prefetcher(load, start)
+
+
+def eval_readers(
+  cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
+) -> dict[str, EvalReader]:
+  """One sequential reader per task of a validation mixture."""
+  provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
+  stores = prepare.prepare(provider, cfg.split, vocabulary, cache_dir, seed=seed)
+  return {name: EvalReader(store, cfg.length) for name, store, _ in stores}

@@ -1,0 +1,78 @@
+"""What must be settled before jax and TensorFlow are imported: folders, threads, caches.
+
+jax reads its options, its thread count and its cache folder once, on import; so `main`
+calls `prepare` first, with what a syntactic look at the Gin files has found.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+
+
+def cache_dir(path: str | None = None) -> str:
+  """The folder for everything that can be made again: token stores, vocabularies, XLA.
+
+  Args:
+    path: the macro CACHE_DIR; None means $XDG_CACHE_HOME/palm_t5x, or
+      ~/.cache/palm_t5x.
+  """
+  if path is None:
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
+    path = os.path.join(home, 'palm_t5x')
+  if '://' in path:
+    return path
+  return os.path.abspath(os.path.expanduser(path))
+
+
+def package_gin_dir() -> str:
+  """The folder of Gin files that belongs to this package, installed or checked out."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  installed = os.path.join(here, 'gin')
+  checkout = os.path.join(os.path.dirname(here), 'gin')
+  return installed if os.path.isdir(installed) else checkout
+
+
+def prepare(
+  nproc: int | None = None,
+  cache: str | None = None,
+  jax_flags: Mapping[str, str] | None = None,
+) -> None:
+  """Sets the environment for jax and TensorFlow; the user's own settings win.
+
+  Args:
+    nproc: threads that XLA's CPU backend uses (macro NPROC). Results on CPU depend on
+      it, so a run that must repeat on another machine pins it. None: what is there.
+    cache: the macro CACHE_DIR; compiled programs are kept in its folder `xla`.
+    jax_flags: `--jax_*` flags, name to value, as jax reads them from its environment.
+  """
+  if nproc is not None:
+    os.environ['NPROC'] = str(nproc)
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(cache_dir(cache), 'xla'))
+  # TensorFlow only feeds data here. It must neither speak of CUDA nor take GPU memory.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
+  for name, value in (jax_flags or {}).items():
+    os.environ[name.upper()] = value
+    if 'jax' in sys.modules:
+      _update_jax(name, value)
+
+
+def unknown_jax_flags(names) -> list[str]:
+  """Those of `names` that the imported jax does not know."""
+  import jax
+
+  return [name for name in names if not hasattr(jax.config, name)]
+
+
+def _update_jax(name: str, value: str) -> None:
+  """Sets an option of an already imported jax, converting the text to its type."""
+  import jax
+
+  old = getattr(jax.config, name, None)
+  if isinstance(old, bool):
+    jax.config.update(name, value.lower() in ('1', 'true', 'y', 'yes', 'on'))
+  elif isinstance(old, int | float):
+    jax.config.update(name, type(old)(value))
+  elif hasattr(jax.config, name):
+    jax.config.update(name, value)

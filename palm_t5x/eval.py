@@ -1,0 +1,144 @@
+"""`t5x eval`: a checkpoint's metrics on a task or mixture.
+
+Tasks with SeqIO metrics are predicted and scored through SeqIO's Evaluator; tasks
+without any (plain text) get their loss and bits per byte, every token counted once.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from palm_t5x import checkpoints, datasets, evaluation, gin_utils, run_dir, utils
+from palm_t5x.errors import UserError
+from palm_t5x.reporting import print_table
+from palm_t5x.restored import Restored, restore_params
+
+
+def evaluate(
+  *,
+  model: Any,
+  dataset_cfg: utils.DatasetConfig,
+  restore_checkpoint_cfg: utils.RestoreCheckpointConfig,
+  partitioner: Any,
+  output_dir: str,
+  inference_evaluator_cls: Callable[..., Any] | None = None,
+  training_evaluator_cls: Any = None,
+  summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
+  fallback_init_rng: int | None = None,
+  cache_dir: str = '~/.cache/palm_t5x',
+  eval_steps: int | None = None,
+) -> dict[str, dict[str, float]]:
+  """Evaluates one checkpoint (T5X's evaluate), or all of a run with mode='all'.
+
+  Args:
+    model: a models.BaseModel.
+    dataset_cfg: what to evaluate on.
+    restore_checkpoint_cfg: the checkpoint, or a run directory (its newest).
+    partitioner: the mesh and its rules.
+    output_dir: results go to `<output_dir>/inference_eval`.
+    inference_evaluator_cls: makes a seqio.Evaluator.
+    training_evaluator_cls: accepted for T5X: the loss of plain text needs no trainer.
+    summarize_config_fn: writes config.gin.
+    fallback_init_rng: accepted for T5X; a checkpoint must exist.
+    cache_dir: token stores of plain-text tasks.
+    eval_steps: batches of plain text to read; None reads everything.
+
+  Returns:
+    {task: {metric: value}} of the (last) checkpoint.
+
+  Raises:
+    UserError: for a missing checkpoint, task or vocabulary.
+  """
+  del training_evaluator_cls, fallback_init_rng
+  partitioner.check_batch(dataset_cfg.batch_size)
+  utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
+  folders = _folders(restore_checkpoint_cfg)
+  output_dir = run_dir.prepare(output_dir, 'EVAL_OUTPUT_DIR')
+  results: dict[str, dict[str, float]] = {}
+  for folder in folders:
+    one = restore_params(model, partitioner, restore_checkpoint_cfg, folder)
+    if folder == folders[0]:
+      utils.verify_matching_vocabs(dataset_cfg, model)
+      summarize_config_fn(output_dir, None, one.step)
+    results = _losses(model, dataset_cfg, partitioner, one, cache_dir, eval_steps)
+    results |= _task_metrics(
+      model, dataset_cfg, partitioner, one, inference_evaluator_cls, output_dir
+    )
+    if jax.process_index() == 0:
+      _write(output_dir, one, results)
+  return results
+
+
+def _folders(cfg: utils.RestoreCheckpointConfig) -> list[pathlib.Path | None]:
+  """The checkpoints to evaluate; [None] for the one that cfg.path names."""
+  if cfg.mode != 'all':
+    return [None]
+  folder = pathlib.Path(cfg.single_path or '')
+  steps = checkpoints.steps_in(folder)
+  if not steps:
+    raise UserError(f'no checkpoints in {folder}, whose every one was to be evaluated.')
+  return [folder / f'checkpoint_{step}' for step in steps]
+
+
+def _provider_tasks(cfg: utils.DatasetConfig) -> list[Any]:
+  provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
+  return list(getattr(provider, 'tasks', None) or [provider])
+
+
+def _losses(
+  model: Any, cfg: utils.DatasetConfig, partitioner: Any, one: Restored, cache_dir, steps
+) -> dict[str, dict[str, float]]:
+  """Loss and bits per byte of the tasks that have no metrics of their own."""
+  plain = [task for task in _provider_tasks(cfg) if not task.metric_objs]
+  if not plain or cfg.split not in plain[0].splits:
+    return {}
+  eval_step = partitioner.partition(
+    lambda params, batch: model.eval_fn(params, batch)[1],
+    in_shardings=(one.shardings, partitioner.data_sharding),
+  )
+  results = {}
+  for task in plain:
+    part = utils.DatasetConfig(task, cfg.task_feature_lengths, cfg.split, cfg.batch_size)
+    readers = datasets.eval_readers(part, model.output_vocabulary, cache_dir, 0)
+    for name, reader in readers.items():
+      results[name] = evaluation.evaluate_loss(
+        lambda batch: eval_step(one.params, batch),
+        partitioner,
+        reader,
+        cfg.batch_size,
+        steps,
+      )
+  if len(results) > 1:
+    results[cfg.name] = evaluation.combine(results)
+  return results
+
+
+def _task_metrics(
+  model: Any, cfg: utils.DatasetConfig, partitioner: Any, one: Restored, cls, output_dir
+) -> dict[str, dict[str, float]]:
+  """SeqIO metrics of the tasks that have some."""
+  if not any(task.metric_objs for task in _provider_tasks(cfg)):
+    return {}
+  evaluator = evaluation.TaskEvaluator(
+    cfg,
+    model,
+    partitioner,
+    one.shardings,
+    cls,
+    str(pathlib.Path(output_dir) / 'inference_eval'),
+  )
+  return evaluator.evaluate(one.params, one.step)
+
+
+def _write(output_dir: str, one: Restored, results: dict[str, dict[str, float]]):
+  """Prints the table and appends one line per task to results.jsonl."""
+  path = pathlib.Path(output_dir) / 'results.jsonl'
+  with path.open('a') as f:
+    for task, values in results.items():
+      line = {'task': task, 'step': one.step, 'checkpoint': one.path, **values}
+      f.write(json.dumps(line) + '\n')
+  print_table(f'step {one.step} of {one.path}', results)
+  print(f'written to {path}')

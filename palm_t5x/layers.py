@@ -1,0 +1,189 @@
+"""The arithmetic of a PaLM block: norm, projections, rotary, attention, gated MLP.
+
+Everything here is a function of arrays; parameters live in `network`. Letters in names
+and einsums, the same in the whole package:
+
+  B batch   T query time   S key time   D model   H heads   K head size   L layers
+  G key/value heads (1 = multi-query)   R = H/G   F feed-forward   V vocabulary   N = B*T
+
+Activations carry logical axis names ('batch', 'length', 'embed', 'heads', 'kv', 'mlp',
+'vocab'); which mesh axis each one maps to is the partitioner's table, not ours.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+NEG_INF = -1e10  # the mask value of Google's PaLM code; finite, so no row can be NaN
+NORM_EPSILON = 1e-6
+
+
+def constrain(x, names):
+  """Pins `x` to the mesh axes that the active rules give `names`; without rules, `x`."""
+  return nn.with_logical_constraint(x, names)
+
+
+def normalize(x, scale=None, kind='rms'):
+  """RMS norm (or mean-centred 'layer_norm') over the last axis, times (1 + scale).
+
+  Statistics in fp32, result in x's dtype. `scale` is stored around zero so that weight
+  decay pulls the gain to 1; None means no gain. PaLM §2; Google's `_scaled_layernorm`.
+  """
+  y = x.astype(jnp.float32)
+  if kind == 'layer_norm':
+    y -= jnp.mean(y, axis=-1, keepdims=True)
+  y *= lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPSILON)
+  if scale is not None:
+    y *= 1.0 + scale
+  return y.astype(x.dtype)
+
+
+def _contract(x, w, dims, out):
+  return lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=out)
+
+
+@functools.partial(jax.custom_vjp)
+def _fast_matmul(x_NC, w_CO):
+  """bf16 operands, fp32 result: twice the fp32 rate of XLA:CPU, 2-D dots only."""
+  x, w = x_NC.astype(jnp.bfloat16), w_CO.astype(jnp.bfloat16)
+  return _contract(x, w, ((1,), (0,)), jnp.float32)
+
+
+def _fast_matmul_fwd(x_NC, w_CO):
+  x, w = x_NC.astype(jnp.bfloat16), w_CO.astype(jnp.bfloat16)
+  return _contract(x, w, ((1,), (0,)), jnp.float32), (x, w)
+
+
+def _fast_matmul_bwd(saved, g_NO):
+  x, w = saved
+  g = g_NO.astype(jnp.bfloat16)
+  dx = _contract(g, w, ((1,), (1,)), jnp.float32)
+  dw = _contract(x, g, ((0,), (0,)), jnp.float32)
+  return dx, dw
+
+
+_fast_matmul.defvjp(_fast_matmul_fwd, _fast_matmul_bwd)
+
+
+def project(x, w, dtype, contract=1):
+  """Contracts the last `contract` axes of x with the first of w, in mode `dtype`.
+
+  'bfloat16': operands and result bf16 (the accelerator's way). 'float32': all fp32.
+  'fast': operands rounded to bf16, result fp32, forward and backward (XLA:CPU).
+  """
+  if dtype == 'bfloat16':
+    x_dims = tuple(range(x.ndim - contract, x.ndim))
+    dims = (x_dims, tuple(range(contract)))
+    return _contract(x.astype(dtype), w.astype(dtype), dims, jnp.bfloat16)
+  lead, tail = x.shape[: x.ndim - contract], w.shape[contract:]
+  size = math.prod(w.shape[:contract])
+  # One plain 2-D dot: XLA:CPU runs anything else slower, or (bf16) not at all.
+  x, w = x.reshape(-1, size), w.reshape(size, -1)
+  y = _fast_matmul(x, w) if dtype == 'fast' else x @ w
+  return y.reshape(*lead, *tail)
+
+
+def rotary_tables(positions_BT, head_dim, base=10_000.0):
+  """(sin, cos) of shape [B, T, 1, head_dim/2], fp32, exact at any integer position.
+
+  Angle j is position * base^(-2j/head_dim). Never built in bf16, which rounds 257 to
+  256. PaLM §2; Google's `_generate_fixed_pos_embedding`.
+  """
+  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  angles = positions_BT.astype(jnp.float32)[..., None] * base**-exponents
+  return jnp.sin(angles)[:, :, None, :], jnp.cos(angles)[:, :, None, :]
+
+
+def rotate(x_BTHK, tables):
+  """Rotary embedding over all K dimensions, dim j paired with j + K/2 (half split)."""
+  sin, cos = tables
+  x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+  y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+  return y.astype(x_BTHK.dtype)
+
+
+def training_mask(length, segment_ids_BT=None, prefix_BT=None):
+  """[B or 1, T, T] bool, True where query t may see key s.
+
+  Causal by row index; both in the prefix (1 = bidirectional input) also see each other;
+  segments, where given, see only themselves. None of them: None, meaning plain causal.
+  """
+  if segment_ids_BT is None and prefix_BT is None:
+    return None
+  mask = jnp.tril(jnp.ones((1, length, length), bool))
+  if prefix_BT is not None:
+    inside = prefix_BT > 0
+    mask = mask | (inside[:, :, None] & inside[:, None, :])
+  if segment_ids_BT is not None:
+    mask = mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+  return mask
+
+
+def _einsum(spec, a, b):
+  """fp32 accumulation; XLA:CPU cannot run batched bf16 dots, so it gets fp32 operands."""
+  run = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+  if a.dtype == jnp.float32:
+    return run(a, b)
+  up = lambda a, b: run(a.astype(jnp.float32), b.astype(jnp.float32))
+  return lax.platform_dependent(a, b, cpu=up, default=run)
+
+
+def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla'):
+  """softmax(q k / sqrt(K)) v with fp32 softmax; [B, T, H, K] in q's dtype.
+
+  Query head h reads key head h // (H/G). `mask_BTS` None means causal (T == S).
+  kernel: 'xla', or 'cudnn' (GPU only, bf16), the same function.
+  """
+  (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+  if kernel == 'cudnn':
+    mask = None if mask_BTS is None else mask_BTS[:, None]
+    return jax.nn.dot_product_attention(
+      q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation='cudnn'
+    )
+  if mask_BTS is None:
+    mask_BTS = jnp.tril(jnp.ones((1, T, S), bool))
+  # Multi-query heads ride along the time axis, so nothing is transposed for G = 1.
+  q = (q_BTHK * (1.0 / math.sqrt(K))).astype(q_BTHK.dtype).reshape(B, T, G, H // G, K)
+  scores = _einsum('BTGRK,BSGK->BGTRS', q, k_BSGK)
+  scores = jnp.where(mask_BTS[:, None, :, None, :], scores, NEG_INF)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+  out = _einsum('BGTRS,BSGK->BTGRK', probs, v_BSGK)
+  out = out.reshape(B, T, H, K).astype(q_BTHK.dtype)
+  return checkpoint_name(out, 'attention')
+
+
+ACTIVATIONS = {
+  'swish': jax.nn.silu,
+  'silu': jax.nn.silu,
+  'gelu': jax.nn.gelu,
+  'relu': jax.nn.relu,
+  'linear': lambda x: x,
+}
+
+
+def gate(branches, activations):
+  """Product of act_i(branch_i): ('swish', 'linear') is SwiGLU, swish(xW) * xV."""
+  parts = [ACTIVATIONS[a](b) for a, b in zip(activations, branches, strict=True)]
+  return checkpoint_name(functools.reduce(jnp.multiply, parts), 'gated')
+
+
+def fan_in_normal(*pieces):
+  """Initialiser N(0, 1/sqrt(fan_in)); pieces (size, fan_in) split axis -2's rows.
+
+  One piece (None, fan_in) covers the whole kernel. PaLM §5, read as a standard
+  deviation so that it is the fan-in variance scaling the paper names.
+  """
+
+  def init(rng, shape, dtype=jnp.float32):
+    stds = [
+      jnp.full((size or shape[-2],), 1.0 / math.sqrt(fan_in)) for size, fan_in in pieces
+    ]
+    rows = jnp.concatenate(stds).astype(dtype)[:, None]
+    return jax.random.normal(rng, shape, dtype) * rows
+
+  return init

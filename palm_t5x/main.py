@@ -1,0 +1,276 @@
+"""The `t5x` command: flags, environment, Gin, then one mode.
+
+The order matters. A look at the Gin files as text comes first: it finds typos in a
+fraction of a second, and the settings that jax reads only once, when it is imported.
+Then the files are run, which imports what they name; then the whole configuration is
+checked; only then is anything built.
+"""
+
+import atexit
+import errno
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from palm_t5x import command_line, environment, quiet_imports
+from palm_t5x.errors import Failure, UserError
+from palm_t5x.modes import MODES, load
+
+# What the system says when it, and not the program, is at fault.
+_WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+# Seconds that threads of libraries get to finish when the command is done.
+_PATIENCE = 10.0
+
+
+def run() -> None:
+  """Entry point of the console script: runs the command and leaves the process."""
+  try:
+    code = main(sys.argv[1:])
+  except SystemExit as error:
+    code = error.code if isinstance(error.code, int) else 1
+  except BaseException:
+    traceback.print_exc()
+    code = 1
+  _leave(code)
+
+
+def main(args: Sequence[str]) -> int:
+  """Runs `t5x ARGS` in this process.
+
+  Returns:
+    The exit code: 0 done, 1 failed, 2 a mistake in what was asked for, 130 interrupted.
+  """
+  try:
+    options = command_line.parse(args)
+    if options.help:
+      print(command_line.help_text(options.mode))
+    else:
+      _run_mode(options)
+    return 0
+  except (UserError, Failure) as error:
+    _say(f'error: {_one_line(error)}')
+    return error.exit_code
+  except BrokenPipeError:
+    return 0
+  except OSError as error:
+    if error.errno not in _WORLD:
+      raise
+    place = f' ({error.filename})' if error.filename else ''
+    _say(f'error: {error.strerror}{place}. Files written earlier are as they were.')
+    return 1
+  except KeyboardInterrupt:
+    _say('interrupted.')
+    return 130
+  finally:
+    _flush()
+
+
+def _run_mode(options: command_line.Options) -> None:
+  """Configures and runs one mode."""
+  if not options.mode:
+    raise UserError(f'name a mode: t5x MODE, one of {", ".join(MODES)}. See t5x --help.')
+  entry, reached = configure(options)
+  if options.values.get('dry_run'):
+    print(f'# What t5x {options.mode} would use. Nothing was built.\n{reached.text()}')
+    return
+  if options.several_processes:
+    _join_processes(options.values)
+  import gin
+
+  gin.get_configurable(entry)()
+
+
+def configure(options: command_line.Options) -> tuple[Any, Any]:
+  """Reads and checks the configuration of a mode; builds nothing.
+
+  Returns:
+    The mode's function, and what of the configuration a call of it reaches.
+
+  Raises:
+    UserError: for anything wrong with it, all that is missing at once.
+  """
+  from palm_t5x import gin_command_line, gin_files
+
+  mode = MODES[options.mode]
+  search = gin_files.SearchPath(tuple(options.values.get('gin_search_paths') or ('.',)))
+  files = [*mode.files, *options.values.get('gin_file', ())]
+  if not files:
+    raise UserError(
+      f't5x {options.mode} needs a configuration: --gin_file=FILE.gin. For example: '
+      f't5x {options.mode} {mode.example}'
+    )
+  statements, bindings = gin_command_line.parse_bindings(options.gin)
+  if 'data_dir' in options.values:
+    text = repr(options.values['data_dir'])
+    bindings.append(gin_command_line.Binding('', 'DATA_DIR', '', text))
+  scan = gin_files.scan(files, search)
+  _scan_statements(statements, scan, search)
+  gin_command_line.check_names(bindings, scan)
+  for binding in bindings:
+    value = gin_command_line.parse_value(binding.text, gin_files.NamesOnly())
+    scan.add(binding.scope, binding.selector, binding.arg_name, value)
+
+  quiet_imports.install()
+  environment.prepare(_nproc(scan), scan.value('CACHE_DIR'), options.jax)
+  if options.values.get('verbosity') is not None:
+    _set_verbosity(options.values['verbosity'])
+  return _load(options, files, statements, bindings, search, scan)
+
+
+def _load(options, files, statements, bindings, search, scan) -> tuple[Any, Any]:
+  """The slow half of `configure`: imports what the files name, and checks it all."""
+  import gin
+
+  from palm_t5x import gin_check, gin_loader, t5x_alias
+
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # A user's own task modules lie there.
+  t5x_alias.install()
+  gin.clear_config()
+  entry = load(options.mode)
+  loader = gin_loader.load(files, statements, bindings, search, scan.texts)
+  _apply_flags(options)
+  configurable = loader.register(entry)
+  _bind_flags(options, configurable)
+  if loader.dropped:
+    _say(f'note: T5X parameters with no meaning here: {", ".join(loader.dropped)}')
+  for note in loader.notes:
+    _say(f'note: {note}')
+  reached = gin_check.Reached(configurable)
+  reached.check(f't5x {options.mode}')
+  return entry, reached
+
+
+def _scan_statements(statements: list[str], scan: Any, search: Any) -> None:
+  """Adds what `--gin_bindings='include ...'` brings in to the names known."""
+  from palm_t5x import gin_files
+
+  for statement in gin_files.parse(
+    '\n'.join(statements) + '\n', '--gin_bindings', gin_files.NamesOnly()
+  ):
+    if hasattr(statement, 'filename'):
+      more = gin_files.scan([statement.filename], search)
+      scan.texts.update(more.texts)
+      scan.macros.update(more.macros)
+      scan.macro_uses.update(more.macro_uses)
+      scan.scopes.update(more.scopes)
+
+
+def _nproc(scan: Any) -> int | None:
+  """The macro NPROC, checked.
+
+  Raises:
+    UserError: if it is neither None nor a whole number above zero.
+  """
+  value = scan.value('NPROC')
+  if value is not None and (type(value) is not int or value < 1):
+    raise UserError(f'NPROC={value!r}: it is a number of threads, 1 or more, or None.')
+  return value
+
+
+def _set_verbosity(level: int) -> None:
+  """Lets libraries log more."""
+  from absl import logging
+
+  logging.set_verbosity(level)
+  logging.use_absl_handler()
+
+
+def _apply_flags(options: command_line.Options) -> None:
+  """Flags that belong to libraries."""
+  if options.jax:
+    unknown = environment.unknown_jax_flags(options.jax)
+    if unknown:
+      raise UserError(f'jax has no flag --{unknown[0]}. See jax.config in its manual.')
+  if 'tfds_data_dir' in options.values:
+    import seqio
+
+    seqio.set_tfds_data_dir_override(options.values['tfds_data_dir'])
+  if 'seqio_additional_cache_dirs' in options.values:
+    import seqio
+
+    seqio.add_global_cache_dirs(options.values['seqio_additional_cache_dirs'])
+
+
+def _bind_flags(options: command_line.Options, configurable: Any) -> None:
+  """Flags and words that set a parameter of the mode's function."""
+  import gin
+
+  given = {
+    flag.binds: options.values[flag.name]
+    for flag in command_line.FLAGS
+    if flag.binds and flag.name in options.values
+  }
+  mode = MODES[options.mode]
+  if mode.reads and options.words:
+    given[mode.reads] = options.words if mode.reads_many else ' '.join(options.words)
+  for name, value in given.items():
+    gin.bind_parameter(f'{configurable.selector}.{name}', value)
+
+
+def _join_processes(values: dict[str, Any]) -> None:
+  """Starts jax.distributed from the flags; what is not given is found by jax.
+
+  Raises:
+    Failure: if the other processes cannot be reached.
+  """
+  import jax
+
+  arguments = {
+    'coordinator_address': values.get('coordinator_address'),
+    'num_processes': values.get('process_count'),
+    'process_id': values.get('process_index'),
+  }
+  if 'initialization_timeout' in values:
+    arguments['initialization_timeout'] = values['initialization_timeout']
+  try:
+    jax.distributed.initialize(**arguments)
+  except (RuntimeError, ValueError) as error:
+    raise Failure(
+      f'the processes could not be joined (--coordinator_address={arguments["coordinator_address"]}'
+      f', --process_count={arguments["num_processes"]}): {str(error).splitlines()[0]}'
+    ) from error
+
+
+def _one_line(error: BaseException) -> str:
+  """The message without the call stack that gin appends to it."""
+  text = str(error).partition('\n  In call to configurable')[0]
+  return ' '.join(text.split())
+
+
+def _flush() -> None:
+  """Writes out stdout; a reader that has gone, such as `head`, is no failure."""
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+  """One line to the user, apart from what the mode prints."""
+  print(f't5x: {text}', file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+  """Ends the process with `code`, whatever threads of libraries still do.
+
+  Python's own way out destroys tf.data iterators while their Python generators wait for
+  the interpreter, and then never ends. Everything worth keeping is on disk by now; the
+  exit handlers still run, for a bounded time.
+  """
+  watchdog = threading.Timer(_PATIENCE, os._exit, [code])
+  watchdog.daemon = True
+  watchdog.start()
+  try:
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    os._exit(code)

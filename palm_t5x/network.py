@@ -1,0 +1,412 @@
+"""PaLM's decoder: configuration, the block, the stack, and the explicit decode cache.
+
+Parameters, as on disk (scanned: one tree with a leading L; unscanned: `layers_<i>`):
+
+  embedding [V, D]   lm_head [D, V] if untied
+  layers/layer_norm/scale [D]
+  parallel  q_wi_fused [D, H, K + 2F/H]  kv_fused [D, G, 2K]  o_wo_fused [H, K + F/H, D]
+  serial    q_fused [D, H, K]  kv_fused  o [H, K, D]
+            mlp_norm/scale [D]  wi_fused [D, 2, F]  wo [F, D]
+
+It is the layout of Google's PaLM checkpoints. The shape letters are those of `layers`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from palm_t5x import layers
+from palm_t5x.errors import UserError
+
+_NAMED = jax.checkpoint_policies.save_only_these_names
+REMAT_POLICIES = {  # least memory first; what is not saved is computed again
+  'full': None,
+  'save_attention': _NAMED('attention'),
+  'save_qkv': _NAMED('attention', 'q', 'kv'),
+  'save_gated': _NAMED('attention', 'q', 'kv', 'gated'),
+  'save_wi': _NAMED('attention', 'q', 'kv', 'wi'),
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'dots': jax.checkpoint_policies.checkpoint_dots,
+  'none': None,
+}
+
+
+def _check(ok, message):
+  if not ok:
+    raise UserError(f'TransformerConfig: {message}')
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Size and kind of a decoder; T5X's field names first, then PaLM's choices.
+
+  Raises UserError, with the value and the fix, for a combination that cannot be built.
+  """
+
+  vocab_size: int
+  dtype: Any = 'auto'  # 'auto' | 'float32' | 'bfloat16' | 'fast' (CPU), or a jnp dtype
+  emb_dim: int = 512
+  num_heads: int = 8
+  num_layers: int = 6
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  mlp_activations: tuple[str, ...] = ('swish', 'linear')
+  dropout_rate: float = 0.0
+  logits_via_embedding: bool = True
+  num_real_tokens: int | None = None  # rows from here on are padding; None: no padding
+  num_kv_heads: int = 1  # 1 multi-query, num_heads multi-head, between grouped
+  parallel_block: bool = True
+  norm: str = 'rms'  # or 'layer_norm', mean-centred
+  final_norm_scale: bool = False
+  scan_layers: bool = True
+  remat_policy: str = 'none'
+  fused_fan_in: bool = False  # one fan-in for o_wo_fused, not one for each slice
+  attention_kernel: str = 'xla'  # or 'cudnn'
+  segment_masking: bool = True  # packed segments, where given, see only themselves
+
+  def __post_init__(self):
+    if not isinstance(self.dtype, str):
+      object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    for name in 'vocab_size emb_dim num_heads num_layers head_dim mlp_dim'.split():
+      value = getattr(self, name)
+      _check(isinstance(value, int) and value > 0, f'{name}={value!r}: give a count > 0')
+    choices = {
+      'dtype': ('auto', 'float32', 'bfloat16', 'fast'),
+      'norm': ('rms', 'layer_norm'),
+      'remat_policy': tuple(REMAT_POLICIES),
+      'attention_kernel': ('xla', 'cudnn'),
+    }
+    for name, allowed in choices.items():
+      value = getattr(self, name)
+      _check(value in allowed, f'{name}={value!r}: choose one of {", ".join(allowed)}')
+    unknown = [a for a in self.mlp_activations if a not in layers.ACTIVATIONS]
+    _check(
+      self.mlp_activations and not unknown,
+      f'mlp_activations={self.mlp_activations}: use {", ".join(layers.ACTIVATIONS)}',
+    )
+    _check(self.head_dim % 2 == 0, f'head_dim={self.head_dim}: rotary needs it even')
+    _check(
+      self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+      f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}',
+    )
+    _check(
+      not self.parallel_block or self.mlp_dim % self.num_heads == 0,
+      f'the parallel block splits mlp_dim={self.mlp_dim} over num_heads='
+      f'{self.num_heads}: make it a multiple',
+    )
+    _check(
+      0.0 <= self.dropout_rate < 1.0,
+      f'dropout_rate={self.dropout_rate}: give a probability in [0, 1)',
+    )
+    _check(
+      1 < self.real_tokens <= self.vocab_size,
+      f'num_real_tokens={self.num_real_tokens} must be between 2 and '
+      f'vocab_size={self.vocab_size}',
+    )
+
+  @property
+  def real_tokens(self):
+    """Rows of the embedding that stand for tokens; the rest pad it for sharding."""
+    return self.vocab_size if self.num_real_tokens is None else self.num_real_tokens
+
+  @property
+  def mode(self):
+    """'float32', 'bfloat16' or 'fast'; 'auto' asks JAX which backend it runs on."""
+    if self.dtype != 'auto':
+      return self.dtype
+    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+  @property
+  def activation_dtype(self):
+    """Dtype of the residual stream: bf16 in mode 'bfloat16', else fp32."""
+    return jnp.bfloat16 if self.mode == 'bfloat16' else jnp.float32
+
+
+def _block_table(cfg):
+  """{name: (shape, logical axes, initialiser)} of one block's kernels."""
+  D, H, G, K, F = (
+    cfg.emb_dim,
+    cfg.num_heads,
+    cfg.num_kv_heads,
+    cfg.head_dim,
+    cfg.mlp_dim,
+  )
+  n, f = len(cfg.mlp_activations), F // H
+  from_d = layers.fan_in_normal((None, D))
+  kv = {'kv_fused': ((D, G, 2 * K), ('embed', 'kv_heads', 'kv'), from_d)}
+  if cfg.parallel_block:
+    out = layers.fan_in_normal((K, H * K), (f, F))
+    if cfg.fused_fan_in:
+      out = layers.fan_in_normal((None, H * K + F))
+    return kv | {
+      'q_wi_fused': ((D, H, K + n * f), ('embed', 'heads', 'fused'), from_d),
+      'o_wo_fused': ((H, K + f, D), ('heads', 'fused', 'embed'), out),
+    }
+  from_heads, from_f = (layers.fan_in_normal((None, size)) for size in (H * K, F))
+  return kv | {
+    'q_fused': ((D, H, K), ('embed', 'heads', 'kv'), from_d),
+    'o': ((H, K, D), ('heads', 'kv', 'embed'), from_heads),
+    'wi_fused': ((D, n, F), ('embed', 'fused', 'mlp'), from_d),
+    'wo': ((F, D), ('mlp', 'embed'), from_f),
+  }
+
+
+def param_logical_axes(config):
+  """Tree of axis-name tuples with the structure of the parameters of `config`."""
+  block = {name: axes for name, (_, axes, _) in _block_table(config).items()}
+  norms = ('layer_norm',) if config.parallel_block else ('layer_norm', 'mlp_norm')
+  block |= {name: {'scale': ('embed',)} for name in norms}
+  is_axes = lambda x: isinstance(x, tuple)
+  if config.scan_layers:
+    stack = jax.tree.map(lambda axes: ('layers', *axes), block, is_leaf=is_axes)
+    tree = {'layers': stack}
+  else:
+    tree = {f'layers_{i}': block for i in range(config.num_layers)}
+  tree['embedding'] = ('vocab', 'embed')
+  if not config.logits_via_embedding:
+    tree['lm_head'] = ('embed', 'vocab')
+  if config.final_norm_scale:
+    tree['final_norm'] = {'scale': ('embed',)}
+  return tree
+
+
+def output_embedding(params, config):
+  """(embedding_VD, scale): logits are hidden @ embedding.T * scale. PaLM §5."""
+  if config.logits_via_embedding:
+    return params['embedding'], 1.0 / math.sqrt(config.emb_dim)
+  return params['lm_head'].T, 1.0
+
+
+def init_cache(config, batch, max_len, dtype=None):
+  """Empty decode cache {'k', 'v'}: [L, B, max_len, G, K] each, a plain pytree."""
+  shape = (config.num_layers, batch, max_len, config.num_kv_heads, config.head_dim)
+  dtype = dtype or config.activation_dtype
+  return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+
+
+@struct.dataclass
+class Context:
+  """What every block of one call shares."""
+
+  rotary: Any  # (sin, cos) [B or 1, T, 1, K/2]
+  mask: Any = None  # [B, T, S + T] bool; None: plain causal
+  dropout: bool = struct.field(pytree_node=False, default=False)
+
+
+class Norm(nn.Module):
+  """`layers.normalize` with its gain, stored around zero."""
+
+  kind: str
+  has_scale: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    zeros = nn.initializers.zeros
+    scale = self.param('scale', zeros, x.shape[-1:]) if self.has_scale else None
+    return layers.normalize(x, scale, self.kind)
+
+
+class Block(nn.Module):
+  """One layer: x + Attn(norm(x)) + MLP(norm(x)), or the serial pair. PaLM §2."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, cache, context):
+    """(x_BTD, the new keys and values of this layer); cache: its old ones, or None."""
+    cfg = self.config
+    p = {
+      name: self.param(name, init, shape)
+      for name, (shape, _, init) in _block_table(cfg).items()
+    }
+    drop = nn.Dropout(
+      cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not context.dropout
+    )
+    norm = lambda name, x: Norm(cfg.norm, name=name)(x)
+    y_BTD = norm('layer_norm', x_BTD)
+    if cfg.parallel_block:
+      q, *wi = self._split(layers.project(y_BTD, p['q_wi_fused'], cfg.mode))
+      attended, new = self._attend(q, y_BTD, p['kv_fused'], cache, context)
+      gated = layers.gate(wi, cfg.mlp_activations)
+      joined = jnp.concatenate([attended, gated], axis=-1)
+      out = layers.project(joined, p['o_wo_fused'], cfg.mode, contract=2)
+      x_BTD += drop(out)
+    else:
+      q = layers.project(y_BTD, p['q_fused'], cfg.mode)
+      attended, new = self._attend(q, y_BTD, p['kv_fused'], cache, context)
+      x_BTD += drop(layers.project(attended, p['o'], cfg.mode, contract=2))
+      y_BTD = norm('mlp_norm', x_BTD)
+      wi = [
+        layers.project(y_BTD, p['wi_fused'][:, i], cfg.mode)
+        for i in range(len(cfg.mlp_activations))
+      ]
+      gated = layers.gate(wi, cfg.mlp_activations)
+      gated = layers.constrain(gated, ('batch', 'length', 'mlp'))
+      x_BTD += drop(layers.project(gated, p['wo'], cfg.mode))
+    return layers.constrain(x_BTD, ('batch', 'length', 'embed')), new
+
+  def _split(self, fused_BTHF):
+    """q [.., K] and the MLP branches [.., F/H] of the fused input projection."""
+    cfg = self.config
+    fused_BTHF = layers.constrain(fused_BTHF, ('batch', 'length', 'heads', None))
+    width = cfg.mlp_dim // cfg.num_heads
+    cuts = [cfg.head_dim + i * width for i in range(len(cfg.mlp_activations))]
+    q, *wi = jnp.split(fused_BTHF, cuts, axis=-1)
+    return q, *(checkpoint_name(w, 'wi') for w in wi)
+
+  def _attend(self, q_BTHK, y_BTD, w_kv, cache, context):
+    """Attention over the cache (if any) and this call's own keys; and those keys."""
+    cfg = self.config
+    kv = checkpoint_name(layers.project(y_BTD, w_kv, cfg.mode), 'kv')
+    k, v = jnp.split(kv, 2, axis=-1)
+    q = checkpoint_name(layers.rotate(q_BTHK, context.rotary), 'q')
+    k = layers.rotate(k, context.rotary)
+    new = None
+    if cache is not None:
+      new = {'k': k, 'v': v}
+      k, v = (jnp.concatenate([cache[n].astype(q.dtype), new[n]], 1) for n in 'kv')
+    return layers.attention(q, k, v, context.mask, cfg.attention_kernel), new
+
+
+class Decoder(nn.Module):
+  """Token ids to logits. `hidden` stops before the logits, `decode` uses a cache."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embedding = self.param(
+      'embedding', nn.initializers.normal(1.0), (cfg.vocab_size, cfg.emb_dim)
+    )
+    if not cfg.logits_via_embedding:
+      init = layers.fan_in_normal((None, cfg.emb_dim))
+      self.lm_head = self.param('lm_head', init, (cfg.emb_dim, cfg.vocab_size))
+    self.final_norm = Norm(cfg.norm, cfg.final_norm_scale)
+    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    block = Block
+    if cfg.remat_policy != 'none':
+      policy = REMAT_POLICIES[cfg.remat_policy]
+      block = nn.remat(Block, policy=policy, prevent_cse=not cfg.scan_layers)
+    if cfg.scan_layers:
+      self.layers = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(0, nn.broadcast),
+        length=cfg.num_layers,
+      )(cfg)
+    else:
+      self.layers = [block(cfg) for _ in range(cfg.num_layers)]
+
+  def __call__(self, tokens_BT, **kwargs):
+    """Logits [B, T, V] in fp32; the arguments are those of `hidden`."""
+    return self._logits(self.hidden(tokens_BT, **kwargs))
+
+  def hidden(
+    self,
+    tokens_BT,
+    *,
+    segment_ids_BT=None,
+    positions_BT=None,
+    causal_prefix_BT=None,
+    enable_dropout=False,
+  ):
+    """Normed output of the last block, [B, T, D]: what the logits are a product of."""
+    cfg = self.config
+    length = tokens_BT.shape[1]
+    if positions_BT is None:
+      positions_BT = jnp.arange(length)[None]
+    context = Context(
+      layers.rotary_tables(positions_BT, cfg.head_dim),
+      layers.training_mask(
+        length, segment_ids_BT if cfg.segment_masking else None, causal_prefix_BT
+      ),
+      enable_dropout,
+    )
+    return self._stack(tokens_BT, None, context)[0]
+
+  def decode(
+    self,
+    tokens_BT,
+    cache,
+    positions_BT,
+    *,
+    prefix_lengths_B=None,
+    fresh=False,
+    logits_at_B=None,
+  ):
+    """(logits, new cache): the tokens' keys and values are written at positions_BT.
+
+    A row's positions count up from its first; a token sees cached positions before that
+    and, in this call, positions <= its own. So T = 1 is a step and positions = arange a
+    prefill, which `fresh=True` spares the reading of an empty cache. Tokens beyond a
+    row's prompt do no harm: a later step overwrites their slot before it looks there.
+
+    Args:
+      tokens_BT: int ids.
+      cache: as from `init_cache`; passed in, and returned updated.
+      positions_BT: int positions, below the cache's max_len.
+      prefix_lengths_B: positions below it see each other in both directions.
+      fresh: nothing is in the cache yet.
+      logits_at_B: one index into T for each row; logits are then [B, V], not [B, T, V].
+    """
+    cfg = self.config
+    old = 0 if fresh else cache['k'].shape[2]
+    slots = jnp.broadcast_to(jnp.arange(old), (tokens_BT.shape[0], old))
+    past = jnp.broadcast_to(
+      (slots < positions_BT[:, :1])[:, None], (*tokens_BT.shape, old)
+    )
+    now = positions_BT[:, None, :] <= positions_BT[:, :, None]
+    if prefix_lengths_B is not None:
+      inside = positions_BT < prefix_lengths_B[:, None]
+      now |= inside[:, :, None] & inside[:, None, :]
+    context = Context(
+      layers.rotary_tables(positions_BT, cfg.head_dim), jnp.concatenate([past, now], 2)
+    )
+    visible = jax.tree.map(lambda c: c[:, :, :old], cache)
+    x_BTD, new = self._stack(tokens_BT, visible, context)
+    rows = jnp.arange(tokens_BT.shape[0])[:, None]
+    write = lambda c, n: c.at[:, rows, positions_BT].set(n.astype(c.dtype))
+    cache = jax.tree.map(write, cache, new)
+    if logits_at_B is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)[:, 0]
+    return self._logits(x_BTD), cache
+
+  def _stack(self, tokens_BT, cache, context):
+    cfg = self.config
+    drop = lambda x: self.dropout(x, deterministic=not context.dropout)
+    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(cfg.activation_dtype)
+    x_BTD = drop(layers.constrain(x_BTD, ('batch', 'length', 'embed')))
+    if cfg.scan_layers:
+      x_BTD, new = self.layers(x_BTD, cache, context)
+    else:
+      news = []
+      for i, layer in enumerate(self.layers):
+        one = jax.tree.map(lambda c, i=i: c[i], cache)
+        x_BTD, new = layer(x_BTD, one, context)
+        news.append(new)
+      new = jax.tree.map(lambda *n: jnp.stack(n), *news)
+    return drop(self.final_norm(x_BTD)), new
+
+  def _logits(self, x):
+    cfg = self.config
+    params = {'embedding': self.embedding}
+    if not cfg.logits_via_embedding:
+      params['lm_head'] = self.lm_head
+    embedding_VD, scale = output_embedding(params, cfg)
+    logits = layers.project(x, embedding_VD.T, cfg.mode).astype(jnp.float32) * scale
+    if cfg.real_tokens < cfg.vocab_size:
+      logits = jnp.where(
+        jnp.arange(cfg.vocab_size) < cfg.real_tokens, logits, layers.NEG_INF
+      )
+    return logits
+
+
+DecoderWrapper = Decoder  # T5X's name

@@ -1,0 +1,252 @@
+"""`t5x train`: from a configuration to a trained model.
+
+`train` reads like the recipe it is: data, state, trainer, hooks, loop, closing report.
+What happens between steps lives in `hooks`, what a step is in `trainer`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from palm_t5x import (
+  checkpoints,
+  datasets,
+  generation,
+  gin_utils,
+  hooks,
+  provenance,
+  run_dir,
+  utils,
+)
+from palm_t5x.corpus import prepare
+from palm_t5x.corpus import vocabulary as vocabulary_lib
+from palm_t5x.errors import UserError
+from palm_t5x.reporting import Reporter
+from palm_t5x.train_state import TrainState, TrainStateInitializer
+from palm_t5x.training_run import TrainingRun
+
+
+def train(
+  *,
+  model: Any,
+  train_dataset_cfg: utils.DatasetConfig,
+  train_eval_dataset_cfg: utils.DatasetConfig | None,
+  infer_eval_dataset_cfg: utils.DatasetConfig | None,
+  checkpoint_cfg: utils.CheckpointConfig,
+  partitioner: Any,
+  trainer_cls: Callable[..., Any],
+  model_dir: str,
+  total_steps: int,
+  eval_steps: int | None,
+  eval_period: int | None,
+  relative_steps: int | None = None,
+  stats_period: int | None = None,
+  random_seed: int | None = 0,
+  use_hardware_rng: bool = False,
+  summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
+  inference_evaluator_cls: Callable[..., Any] | None = None,
+  actions: Mapping[str, Sequence[Any]] | None = None,
+  run_eval_before_training: bool = False,
+  gc_period: int = 0,
+  cache_dir: str = '~/.cache/palm_t5x',
+  final_eval_steps: int | None = None,
+  sample_prompts: Sequence[str] = (),
+  sampling: generation.SamplingConfig | None = None,
+) -> dict[str, float]:
+  """Trains, resuming from the newest checkpoint in `model_dir` (T5X's train).
+
+  Args:
+    model: a models.BaseModel.
+    train_dataset_cfg: training data.
+    train_eval_dataset_cfg: held-out text whose loss is measured; None for none.
+    infer_eval_dataset_cfg: task whose SeqIO metrics are measured; None for none.
+    checkpoint_cfg: what to restore and when to save.
+    partitioner: the mesh and its rules.
+    trainer_cls: makes the Trainer.
+    model_dir: where everything is written; made if missing.
+    total_steps: updates after which the run is done, earlier ones counted.
+    eval_steps: batches per evaluation during training; None or 0 reads everything.
+    eval_period: steps between evaluations; None for none during training.
+    relative_steps: if set, so many steps more than the restored checkpoint has.
+    stats_period: steps between progress lines; by default a hundredth of the run.
+    random_seed: of initialisation, dropout and data order; None means 0.
+    use_hardware_rng: faster random bits on TPUs, reproducible on one sharding only.
+    summarize_config_fn: (model_dir, None, step) -> None, writes config.gin.
+    inference_evaluator_cls: makes a seqio.Evaluator; None: SeqIO's, logging to files.
+    actions: {'train' | 'train_eval' | 'infer_eval': [BaseAction, ...]}.
+    run_eval_before_training: evaluate the initial parameters too.
+    gc_period: accepted for T5X; Python's collector needs no help here.
+    cache_dir: vocabularies and token stores.
+    final_eval_steps: batches of the closing evaluation; None reads everything.
+    sample_prompts: continued by the trained model at the end.
+    sampling: how.
+
+  Returns:
+    The closing evaluation's overall metrics ({} without one).
+
+  Raises:
+    UserError: for anything that a change of configuration mends.
+    Failure: if data or disk fail; earlier checkpoints stay as they are.
+  """
+  del gc_period
+  if use_hardware_rng:
+    jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
+  seed, vocabulary = random_seed or 0, model.output_vocabulary
+  first_size = _first_size(train_dataset_cfg.batch_size)
+  partitioner.check_batch(first_size)
+  utils.get_mixture_or_task(train_dataset_cfg.mixture_or_task_name)
+  model_dir = run_dir.prepare(model_dir)
+  vocabulary_lib.use(vocabulary)
+  prepare.learn_vocabulary(vocabulary, cache_dir)
+  utils.verify_vocabulary_size(model)
+  utils.verify_matching_vocabs(train_dataset_cfg, model)
+
+  shapes = {'decoder_input_tokens': (first_size, train_dataset_cfg.length)}
+  initializer = TrainStateInitializer(model, partitioner, shapes)
+  save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
+  checkpointer = checkpoints.Checkpointer(model_dir, save_cfg.keep, save_cfg.dtype)
+  metadata = provenance.describe(model, partitioner, seed)
+  state, position = initial_state(
+    initializer, checkpointer, checkpoint_cfg.restore, vocabulary, metadata
+  )
+  start = int(state.step)
+  total_steps = start + relative_steps if relative_steps else total_steps
+  if start > total_steps:
+    raise UserError(
+      f'TRAIN_STEPS={total_steps}, but the checkpoint in {model_dir} has {start} steps '
+      'already: raise TRAIN_STEPS, or name another MODEL_DIR.'
+    )
+  summarize_config_fn(model_dir, None, start)
+  run_dir.write_model_info(model_dir, state.params, initializer.axes.params, partitioner)
+  data = datasets.TrainDataset(
+    train_dataset_cfg, vocabulary, cache_dir, seed, position
+  )
+  trainer = trainer_cls(
+    model=model,
+    train_state=state,
+    partitioner=partitioner,
+    eval_names=(),
+    summary_dir=model_dir,
+    train_state_axes=initializer.axes,
+    rng=jax.random.key(seed),
+  )
+  reporter = Reporter(
+    model_dir,
+    total_steps,
+    start,
+    data.bytes_per_token,
+    model.flops_per_token(train_dataset_cfg.length),
+    partitioner.mesh,
+    'bfloat16' if model.config.mode == 'fast' else 'float32',
+  )
+  with reporter, checkpointer:
+    run = TrainingRun(trainer, data, checkpointer, reporter, metadata, actions or {})
+    run.add_loss_evaluation(
+      train_eval_dataset_cfg, cache_dir, seed, eval_steps, final_eval_steps
+    )
+    run.add_task_evaluation(
+      infer_eval_dataset_cfg, initializer, inference_evaluator_cls, model_dir
+    )
+    if run_eval_before_training and start == 0:
+      run.evaluate(0)
+    stats_period = stats_period or max(1, total_steps // 100)
+    stopped = train_loop(run, start, total_steps, save_cfg, eval_period, stats_period)
+    return run.finish(stopped, sample_prompts, sampling)
+
+
+def train_loop(
+  run: TrainingRun,
+  start: int,
+  stop: int,
+  save_cfg: utils.SaveCheckpointConfig,
+  eval_period: int | None,
+  stats_period: int,
+) -> str | None:
+  """Updates `start` ... `stop`, with hooks between them.
+
+  Returns:
+    Why the run ended early, or None if it reached `stop`.
+  """
+  if start == stop:
+    return None
+  signals = hooks.SignalHook()
+  run.reporter.say(f'Compiling the train step, then steps {start + 1:,} to {stop:,}.')
+  stats = hooks.StatsHook(stats_period, stop, run.write_stats)
+  between_steps = [
+    stats,
+    hooks.periodically(eval_period, run.evaluate, never_at=stop),
+    lambda step, metrics: run.save(step) if save_cfg.due(step) else None,
+    signals,
+  ]
+  with signals.installed(), run.data.batches(run.partitioner, start) as batches:
+    for step, batch in zip(range(start + 1, stop + 1), batches):  # noqa: B905
+      metrics = run.trainer.train(batch)
+      run.reporter.tick(step)
+      reasons = [hook(step, metrics) for hook in between_steps]
+      reason = next((r for r in reasons if r), None)
+      if reason:
+        stats.flush(step)
+        break
+  run.save(step)
+  run.stop_signal = signals.received
+  return reason
+
+
+def initial_state(
+  initializer: TrainStateInitializer,
+  checkpointer: checkpoints.Checkpointer,
+  restore: utils.RestoreCheckpointConfig | None,
+  vocabulary: Any,
+  metadata: Mapping[str, Any],
+) -> tuple[TrainState, datasets.Position]:
+  """The state to start from, and where its data stands.
+
+  In this order (T5X's):
+  1. the newest whole checkpoint in MODEL_DIR: an interrupted run goes on;
+  2. the checkpoint that Gin names (INITIAL_CHECKPOINT_PATH): fine-tuning starts from
+     its parameters, on fresh data;
+  3. an initialisation from the seed.
+  """
+  checkpointer.clean()
+  abstract = initializer.abstract()
+  newest = checkpointer.restore_newest(abstract)
+  if newest is not None:
+    state, stored = newest
+    provenance.check_vocabulary(stored, vocabulary, checkpointer.directory)
+    provenance.warn_differences(stored, metadata)
+    logging.info('resumed from step %d in %s.', int(state.step), checkpointer.directory)
+    return state, datasets.Position.from_json(stored['data'])
+  path = restore.single_path if restore else None
+  if path:
+    try:
+      folder = checkpoints.find(path)
+    except UserError:
+      if not restore.fallback_to_scratch:
+        raise
+      folder = None
+    if folder:
+      return _from_checkpoint(initializer, folder, restore, vocabulary)
+  state = initializer.from_scratch(jax.random.key(metadata['seed']))
+  return state, datasets.Position()
+
+
+def _from_checkpoint(
+  initializer: TrainStateInitializer, folder, restore, vocabulary
+) -> tuple[TrainState, datasets.Position]:
+  """Parameters, and unless they are to be reset the optimizer, of another run."""
+  abstract = initializer.abstract()
+  provenance.check_vocabulary(checkpoints.read_metadata(folder), vocabulary, folder)
+  if restore.reset_optimizer:
+    params = checkpoints.load(folder, {'target': abstract.params})['target']
+    fresh = initializer.from_scratch(jax.random.key(0))
+    state = TrainState(fresh.step, params, fresh.opt_state)
+  else:
+    state = TrainState.from_tree(checkpoints.load(folder, abstract.to_tree()))
+  logging.info('started from %s (step %d).', folder, int(state.step))
+  return state, datasets.Position(step=int(state.step))
+
+
+def _first_size(batch_size: utils.BatchSize) -> int:
+  return batch_size if isinstance(batch_size, int) else batch_size[0][1]

@@ -1,0 +1,271 @@
+"""The token store: what is written is what is read, and damage is never read."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from palm_t5x import errors
+from palm_t5x.corpus import reader, token_store
+
+
+class Bytes:
+  """A vocabulary without SeqIO: id = byte + 3."""
+
+  hash = 'bytes'
+  vocab_size = 259
+  eos_id = 1
+
+  def encode_batch(self, texts):
+    return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + 3 for t in texts]
+
+
+def ids(text):
+  return [b + 3 for b in text.encode()] + [1]
+
+
+TEXTS = [f'document {i}: ' + 'é€ words ' * (i % 7) for i in range(60)]
+
+
+def build(path, texts=TEXTS, **kwargs):
+  kwargs = {'task': 'toy', 'split': 'train', **kwargs}
+  return token_store.build(str(path), texts, Bytes(), **kwargs)
+
+
+@pytest.fixture
+def store(tmp_path):
+  build(tmp_path / 'store')
+  return token_store.TokenStore(str(tmp_path / 'store'))
+
+
+def files(folder):
+  folder = pathlib.Path(folder)
+  return {
+    str(f.relative_to(folder)): f.read_bytes()
+    for f in sorted(folder.rglob('*'))
+    if f.is_file()
+  }
+
+
+def test_holds_every_document_once_each_ended(store):
+  stream, offsets = store.read(0, store.num_tokens), store.offsets()
+  found = [stream[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+  assert sorted(found) == sorted(ids(text) for text in TEXTS)
+  assert found != [ids(text) for text in TEXTS], 'the order is seeded, not the source'
+  assert store.num_bytes == sum(len(text.encode()) for text in TEXTS)
+  assert store.num_documents == len(TEXTS) == len(store.hashes())
+  assert store.manifest.eos_id == 1 and not store.manifest.has_inputs
+
+
+def test_rows_are_slices_that_share_one_token(store):
+  stream, T = store.read(0, store.num_tokens), 16
+  rows = store.rows(T, [3, 0, store.num_rows(T) - 1])
+  for row, r in zip(rows, [3, 0, store.num_rows(T) - 1], strict=True):
+    np.testing.assert_array_equal(row, stream[r * T : r * T + T + 1])
+  with pytest.raises(IndexError):
+    store.rows(T, [store.num_rows(T)])
+
+
+def test_same_bytes_every_time(tmp_path):
+  build(tmp_path / 'a')
+  build(tmp_path / 'b')
+  assert files(tmp_path / 'a') == files(tmp_path / 'b')
+  build(tmp_path / 'c', seed=1)
+  assert files(tmp_path / 'c') != files(tmp_path / 'a')
+
+
+def test_many_shards(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_store, 'SHARD_TOKENS', 256)
+  monkeypatch.setattr(token_store, 'CHUNK_TOKENS', 32)
+  monkeypatch.setattr(token_store, '_BATCH_BYTES', 100)
+  build(tmp_path / 'many')
+  many = token_store.TokenStore(str(tmp_path / 'many'))
+  assert len(files(tmp_path / 'many' / 'tokens')) > 5
+  many.verify()
+  monkeypatch.undo()
+  build(tmp_path / 'one')
+  one = token_store.TokenStore(str(tmp_path / 'one'))
+  np.testing.assert_array_equal(
+    many.read(0, many.num_tokens), one.read(0, one.num_tokens)
+  )
+  assert many.manifest.checksums == one.manifest.checksums
+
+
+def test_a_whole_store_is_kept(tmp_path):
+  first = build(tmp_path / 's')
+  assert build(tmp_path / 's', texts=lambda: 1 / 0) == first
+
+
+def test_progress_reaches_the_end(tmp_path):
+  calls = []
+  build(tmp_path / 's', progress=lambda *call: calls.append(call))
+  assert calls[-1][0] == calls[-1][1] == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_half_surrogates_become_replacement_characters(tmp_path):
+  build(tmp_path / 's', texts=['a\ud800b'])
+  store = token_store.TokenStore(str(tmp_path / 's'))
+  assert store.read(0, store.num_tokens).tolist() == ids('a\ufffdb')
+
+
+@pytest.mark.parametrize('texts', [[], ['', '']])
+def test_no_documents(tmp_path, texts):
+  with pytest.raises(errors.UserError, match="'toy' has no text in its split 'train'"):
+    build(tmp_path / 's', texts=texts)
+  assert token_store.read_manifest(str(tmp_path / 's')) is None
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 3] ^= 0x40
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [flip, os.remove, lambda p: p.write_bytes(b'')])
+def test_damage_is_one_clear_failure(store, damage):
+  path = pathlib.Path(store.path)
+  shard = next(f for f in sorted((path / 'tokens').rglob('*')) if f.name == '0')
+  damage(shard)
+  fresh = token_store.TokenStore(store.path)
+  for read in (lambda: fresh.rows(8, [0, 1]), fresh.verify):
+    with pytest.raises(errors.Failure) as e:
+      read()
+    assert store.path in str(e.value) and 'Delete that folder' in str(e.value)
+    assert '\n' not in str(e.value)
+
+
+def test_a_wrong_but_well_formed_array_fails_verification(store, tmp_path):
+  other = [text.replace('words', 'WORDS') for text in TEXTS]
+  build(tmp_path / 'other', texts=other)
+  shard = next(f for f in (tmp_path / 'other' / 'tokens').rglob('*') if f.name == '0')
+  target = pathlib.Path(store.path) / shard.relative_to(tmp_path / 'other')
+  target.write_bytes(shard.read_bytes())
+  with pytest.raises(errors.Failure, match=r"checksum of 'tokens'"):
+    token_store.TokenStore(store.path).verify()
+
+
+def test_damaged_or_missing_manifest(store):
+  manifest = pathlib.Path(store.path) / 'manifest.json'
+  text = manifest.read_text()
+  manifest.write_text(json.dumps({**json.loads(text), 'num_tokens': 5}))
+  with pytest.raises(errors.Failure, match='manifest says 5'):
+    token_store.TokenStore(store.path)
+  manifest.write_text('{"task":')
+  with pytest.raises(errors.Failure, match='cannot be understood'):
+    token_store.TokenStore(store.path)
+  manifest.unlink()
+  with pytest.raises(errors.Failure, match='no whole token store'):
+    token_store.TokenStore(store.path)
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import test_token_store as t
+from palm_t5x.corpus import storage, token_store
+left = [{after}]
+def die(name, function):
+  def call(*args):
+    left[0] -= 1
+    if left[0] < 0:
+      os.kill(os.getpid(), 9)
+    return function(*args)
+  return call
+token_store._Writer._flush = die('flush', token_store._Writer._flush)
+storage.write_bytes = die('write', storage.write_bytes)
+token_store.SHARD_TOKENS, token_store.CHUNK_TOKENS = 256, 32
+token_store._BATCH_BYTES = 100
+t.build({path!r})
+print('built')
+"""
+
+
+def test_killed_anywhere_it_is_rebuilt(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_store, 'SHARD_TOKENS', 256)
+  monkeypatch.setattr(token_store, 'CHUNK_TOKENS', 32)
+  build(tmp_path / 'whole')
+  for after in (0, 1, 4, 7):
+    path = tmp_path / f'killed{after}'
+    script = DYING.format(tests=os.path.dirname(__file__), after=after, path=str(path))
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True)
+    assert done.returncode == -9, done.stderr
+    with pytest.raises(errors.Failure, match='no whole token store'):
+      token_store.TokenStore(str(path))
+    build(path)
+    assert files(path) == files(tmp_path / 'whole')
+
+
+def _build_in_child(path):
+  build(path)
+
+
+def test_two_builders_take_turns(tmp_path):
+  context = multiprocessing.get_context('spawn')
+  children = [
+    context.Process(target=_build_in_child, args=(str(tmp_path / 's'),))
+    for _ in range(2)
+  ]
+  for child in children:
+    child.start()
+  for child in children:
+    child.join(60)
+    assert child.exitcode == 0
+  token_store.TokenStore(str(tmp_path / 's')).verify()
+
+
+def test_unwritable_folder(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.Failure, match='Cannot write'):
+    build(tmp_path / 'file' / 'store')
+
+
+def test_full_disk_leaves_nothing_that_passes_for_a_store(tmp_path, monkeypatch):
+  def full(self, count):
+    with token_store.storage.writing(self._path):
+      raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+
+  monkeypatch.setattr(token_store._Writer, '_flush', full)
+  with pytest.raises(errors.Failure, match='disk is full'):
+    build(tmp_path / 's')
+  assert token_store.read_manifest(str(tmp_path / 's')) is None
+
+
+def test_examples_keep_inputs_and_end_targets(tmp_path):
+  examples = [
+    {'inputs': [5, 6], 'targets': [7, 8], 'bytes': 2},
+    {'inputs': [], 'targets': [9, 1], 'bytes': 1},
+  ]
+  manifest = build(tmp_path / 's', texts=examples)
+  store = token_store.TokenStore(str(tmp_path / 's'))
+  offsets, stream = store.offsets(), store.read(0, store.num_tokens)
+  found = {
+    tuple(stream[a:b].tolist()): int(n)
+    for (a, b), n in zip(
+      itertools.pairwise(offsets), store.inputs_lengths(), strict=True
+    )
+  }
+  assert found == {(5, 6, 7, 8, 1): 2, (9, 1): 0}
+  assert manifest.has_inputs and manifest.num_bytes == 3
+  store.verify()
+
+
+def test_spans_of_any_length(store):
+  stream = store.read(0, store.num_tokens)
+  spans = store.spans([5, 0], [3, 7])
+  np.testing.assert_array_equal(spans, [*stream[5:8], *stream[:7]])
+
+
+def test_reader_does_not_import_tensorflow():
+  script = (
+    'import sys; from palm_t5x.corpus import reader, token_store; '
+    'print([m for m in ("tensorflow", "seqio", "jax") if m in sys.modules])'
+  )
+  out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+  assert out.stdout.strip() == '[]', out
+  assert reader.__name__ == 'palm_t5x.corpus.reader'
