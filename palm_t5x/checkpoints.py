@@ -28,6 +28,8 @@ import orbax.checkpoint as ocp
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.train_state import TrainState
 
+logger = logging.getLogger(__name__)
+
 CHECKSUMS = 'checksums.json'
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _NAME = re.compile(r'^checkpoint_(\d+)$')
@@ -104,12 +106,14 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     problem = damage(candidate)
     if problem is None:
       return candidate
-    logging.warning('checkpoint %s is damaged: %s.', candidate, problem)
+    logger.warning('checkpoint %s is damaged: %s.', candidate, problem)
   if steps:
     raise Failure(f'all {len(steps)} checkpoints in {folder} are damaged.')
   near = steps_in(folder.parent)
   hint = f' {folder.parent} has checkpoints of steps {near}.' if near else ''
-  raise UserError(f'no checkpoint at {folder}.{hint} Name a checkpoint or a run folder.')
+  raise UserError(
+    f'no checkpoint at {folder}.{hint} Name a checkpoint or a run folder.'
+  )
 
 
 def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def _check_shapes(folder: pathlib.Path, wanted: dict[str, tuple[int, ...]]):
   roots = {name.split('/')[0] for name in wanted}
   stored = {n: s for n, s in stored.items() if n.split('/')[0] in roots}
   differences = [
-    f'{name} is {stored.get(name, "absent")} there and {wanted.get(name, "absent")} here'
+    f'{name} is {stored.get(name, "absent")} there, {wanted.get(name, "absent")} here'
     for name in sorted(stored.keys() | wanted.keys())
     if stored.get(name) != wanted.get(name)
   ]
@@ -149,7 +153,10 @@ def _check_shapes(folder: pathlib.Path, wanted: dict[str, tuple[int, ...]]):
 
 
 def load(
-  folder: str | os.PathLike, abstract: Any, dtype: str | None = None, verify: bool = True
+  folder: str | os.PathLike,
+  abstract: Any,
+  dtype: str | None = None,
+  verify: bool = True,
 ) -> Any:
   """Restores (part of) a checkpoint's tree onto the shardings of `abstract`.
 
@@ -302,7 +309,7 @@ class Checkpointer:
       folder = self._folder / f'checkpoint_{step}'
       problem = damage(folder)
       if problem:
-        logging.warning(
+        logger.warning(
           'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
         )
         continue
@@ -322,7 +329,9 @@ def _first_line(error: BaseException) -> str:
     error = error.__cause__ or error.__context__
   text = str(error) or type(error).__name__
   if 'No space left' in text or 'Disk quota' in text or 'File too large' in text:
-    return re.search(r'No space left on device|Disk quota exceeded|File too large', text)[0]
+    return re.search(
+      r'No space left on device|Disk quota exceeded|File too large', text
+    )[0]
   return text.strip().splitlines()[0][:300]
 
 

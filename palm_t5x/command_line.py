@@ -41,7 +41,7 @@ FLAGS = (
   Flag('dry_run', bool, 'print the configuration this mode would use; build nothing'),
   Flag('run_mode', str, '--run_mode=MODE is another way to write MODE'),
   Flag('data_dir', str, 'folder of datasets in their original formats (DATA_DIR)'),
-  Flag('tfds_data_dir', str, "folder of TensorFlow Datasets, for tasks that use them"),
+  Flag('tfds_data_dir', str, 'folder of TensorFlow Datasets, for tasks that use them'),
   Flag('seqio_additional_cache_dirs', list, "folders of SeqIO's own task caches"),
   Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
   Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
@@ -51,7 +51,7 @@ FLAGS = (
   Flag('process_index', int, 'which of them this one is, from 0'),
   Flag('initialization_timeout', int, 'seconds to wait for the other processes'),
   Flag('multiprocess_gpu', bool, 'join the other processes (implied by the above)'),
-  Flag('verbosity', int, 'libraries’ log level: 0 is info, 1 debug; also -v'),
+  Flag('verbosity', int, 'log level of libraries: 0 is info, 1 debug; also -v'),
   Flag('logtostderr', bool, ''),
   Flag('alsologtostderr', bool, ''),
   Flag('showprefixforinfo', bool, ''),
@@ -141,7 +141,7 @@ def parse(args: Sequence[str]) -> Options:
   known, extra = _parser().parse_known_args(rest)
   values = vars(known)
   for text in extra:
-    if text.startswith('-'):
+    if text.startswith('-') and text != '-':
       raise UserError(_unknown_flag(text))
   words = extra + after
   gin += values.pop('gin_bindings', [])
@@ -202,9 +202,11 @@ def _unknown_flag(text: str) -> str:
   name = text.lstrip('-').partition('=')[0]
   if name.startswith('fdl_'):
     return f'--{name}: Fiddle configurations are not supported; use --gin_file.'
-  hint = _near(name, [flag.name for flag in FLAGS])
+  hint = _near(f'--{name}', [f'--{flag.name}' for flag in FLAGS])
   if not hint:
-    hint = f' Settings are bound through Gin, as --gin.{name.upper()}=...; see t5x --help.'
+    hint = (
+      f' Settings are bound through Gin, as --gin.{name.upper()}=...; see t5x --help.'
+    )
   return f'unknown flag --{name}.{hint}'
 
 
@@ -234,11 +236,13 @@ def help_text(mode: str = '') -> str:
 
 def _general_help() -> str:
   width = max(len(name) for name in MODES)
-  modes = '\n'.join(f'  {name:<{width}}  {mode.summary}' for name, mode in MODES.items())
+  modes = '\n'.join(
+    f'  {name:<{width}}  {mode.summary}' for name, mode in MODES.items()
+  )
   examples = '\n'.join(
     f'  t5x {name} {MODES[name].example}'.rstrip() for name in MODES if name != 'infer'
   )
-  return f"""Trains, evaluates and samples PaLM language models, configured by Gin files.
+  return f"""Trains, evaluates and samples PaLM models, configured by Gin files.
 
 usage: t5x MODE --gin_file=FILE.gin [--gin.NAME=VALUE ...] [flags]
 
@@ -254,7 +258,7 @@ Anything a Gin file sets can be set on the command line, without quotes for text
   --gin.train/utils.DatasetConfig.seed=7       a parameter in a scope
 
 {_flags_help([flag for flag in FLAGS if flag.help])}
-jax’s own flags (--jax_...=...) are passed on.
+jax's own flags (--jax_...=...) are passed on.
 """
 
 
@@ -276,7 +280,9 @@ def _flags_help(flags: Sequence[Flag]) -> str:
   """Flags as two columns."""
   rows = []
   for flag in flags:
-    metavar = {int: '=N', str: '=TEXT', list: '=A,B', 'many': '=TEXT'}.get(flag.kind, '')
+    metavar = {int: '=N', str: '=TEXT', list: '=A,B', 'many': '=TEXT'}.get(
+      flag.kind, ''
+    )
     only = f' ({", ".join(flag.modes)} only)' if flag.modes else ''
     rows.append((f'--{flag.name}{metavar}', flag.help + only))
   return 'Flags:\n' + _columns(rows)
@@ -293,7 +299,11 @@ def _columns(rows: Sequence[tuple[str, str]]) -> str:
     lines.append(
       start
       + textwrap.fill(
-        right, 88, initial_indent=head, subsequent_indent=' ' * (width + 4)
+        right,
+        88,
+        initial_indent=head,
+        subsequent_indent=' ' * (width + 4),
+        break_on_hyphens=False,
       )
     )
   return '\n'.join(line.rstrip() for line in lines) + '\n'

@@ -17,6 +17,7 @@ from palm_t5x import utils
 from palm_t5x.corpus import prepare
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.progress import PrepareProgress
 
 
 @dataclasses.dataclass
@@ -63,6 +64,7 @@ class TrainDataset:
       vocabulary,
       cache_dir,
       seed=seed,
+      progress=PrepareProgress(),
     )
     self.reader = MixtureReader(self.stores, cfg.length, seed)
     position = position or Position()
@@ -109,5 +111,7 @@ def eval_readers(
 ) -> dict[str, EvalReader]:
   """One sequential reader per task of a validation mixture."""
   provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
-  stores = prepare.prepare(provider, cfg.split, vocabulary, cache_dir, seed=seed)
+  stores = prepare.prepare(
+    provider, cfg.split, vocabulary, cache_dir, seed=seed, progress=PrepareProgress()
+  )
   return {name: EvalReader(store, cfg.length) for name, store, _ in stores}

@@ -1,4 +1,4 @@
-"""What must be settled before jax and TensorFlow are imported: folders, threads, caches.
+"""Settled before jax and TensorFlow are imported: folders, threads, caches.
 
 jax reads its options, its thread count and its cache folder once, on import; so `main`
 calls `prepare` first, with what a syntactic look at the Gin files has found.
@@ -47,7 +47,9 @@ def prepare(
   """
   if nproc is not None:
     os.environ['NPROC'] = str(nproc)
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(cache_dir(cache), 'xla'))
+  os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', os.path.join(cache_dir(cache), 'xla')
+  )
   # TensorFlow only feeds data here. It must neither speak of CUDA nor take GPU memory.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')

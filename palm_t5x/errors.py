@@ -11,7 +11,7 @@ class UserError(Exception):
   exit_code = 2
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818 (the user reads it as such)
   """Something broke that the user did not ask for (damage, full disk): exit code 1."""
 
   exit_code = 1

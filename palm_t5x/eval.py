@@ -53,7 +53,7 @@ def evaluate(
     UserError: for a missing checkpoint, task or vocabulary.
   """
   del training_evaluator_cls, fallback_init_rng
-  partitioner.check_batch(dataset_cfg.batch_size)
+  partitioner.check_batch(dataset_cfg.batch_size, name='EVAL_BATCH_SIZE')
   utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   folders = _folders(restore_checkpoint_cfg)
   output_dir = run_dir.prepare(output_dir, 'EVAL_OUTPUT_DIR')
@@ -89,7 +89,12 @@ def _provider_tasks(cfg: utils.DatasetConfig) -> list[Any]:
 
 
 def _losses(
-  model: Any, cfg: utils.DatasetConfig, partitioner: Any, one: Restored, cache_dir, steps
+  model: Any,
+  cfg: utils.DatasetConfig,
+  partitioner: Any,
+  one: Restored,
+  cache_dir,
+  steps,
 ) -> dict[str, dict[str, float]]:
   """Loss and bits per byte of the tasks that have no metrics of their own."""
   plain = [task for task in _provider_tasks(cfg) if not task.metric_objs]
@@ -101,7 +106,9 @@ def _losses(
   )
   results = {}
   for task in plain:
-    part = utils.DatasetConfig(task, cfg.task_feature_lengths, cfg.split, cfg.batch_size)
+    part = utils.DatasetConfig(
+      task, cfg.task_feature_lengths, cfg.split, cfg.batch_size
+    )
     readers = datasets.eval_readers(part, model.output_vocabulary, cache_dir, 0)
     for name, reader in readers.items():
       results[name] = evaluation.evaluate_loss(

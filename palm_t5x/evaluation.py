@@ -1,11 +1,12 @@
 """Two evaluations: bits per byte of held-out text, and SeqIO metrics of tasks.
 
 `evaluate_loss` predicts every token of a validation store exactly once, so its bits per
-byte are comparable between vocabularies. `TaskEvaluator` hands SeqIO's Evaluator the two
-functions it wants, `predict_fn` and `score_fn`, and keeps clear of its two crashes
+byte are comparable between vocabularies. `TaskEvaluator` hands SeqIO's Evaluator the
+two functions it wants, `predict_fn` and `score_fn`, and keeps clear of its two crashes
 (ragged predictions; a log directory that does not exist).
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -97,7 +98,7 @@ class TaskEvaluator:
     model: Any,
     partitioner: Any,
     param_shardings: Any,
-    evaluator_cls: Callable[..., Any],
+    evaluator_cls: Callable[..., Any] | None,
     log_dir: str | None,
   ):
     self._cfg, self._partitioner = cfg, partitioner
@@ -106,9 +107,11 @@ class TaskEvaluator:
     if log_dir:
       for task in getattr(provider, 'tasks', [provider]):
         os.makedirs(os.path.join(log_dir, task.name), exist_ok=True)
-    converter = model.FEATURE_CONVERTER_CLS(pack=False, apply_length_check=False, bos_id=1)
-    self._evaluator = evaluator_cls(
-      mixture_or_task_name=provider,
+    converter = model.FEATURE_CONVERTER_CLS(
+      pack=False, apply_length_check=False, bos_id=1
+    )
+    self._evaluator = (evaluator_cls or _default_evaluator())(
+      mixture_or_task_name=cfg.name,
       feature_converter=converter,
       eval_split=cfg.split,
       use_cached=cfg.use_cached,
@@ -163,6 +166,13 @@ class TaskEvaluator:
       task: {name: float(getattr(v, 'value', v)) for name, v in values.items()}
       for task, values in metrics.items()
     }
+
+
+def _default_evaluator() -> Callable[..., Any]:
+  """SeqIO's Evaluator, writing one JSON line per example."""
+  import seqio
+
+  return functools.partial(seqio.Evaluator, logger_cls=[seqio.JSONLogger])
 
 
 def numeric(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

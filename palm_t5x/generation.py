@@ -125,9 +125,7 @@ class Generator:
     vocabulary = self._model.output_vocabulary
     encoded = [encode_prompt(vocabulary, prompt) for prompt in prompts]
     out = self.tokens(encoded, config)
-    return [
-      [self.decode(sample, config.stop) for sample in samples] for samples in out
-    ]
+    return [[self.decode(sample, config.stop) for sample in samples] for samples in out]
 
   def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
     """One continuation, in pieces as they are generated.

@@ -67,7 +67,9 @@ def quote(text: str, name: str = 'NAME') -> str:
   """
   text = text.strip()
   if not text:
-    raise UserError(f"--gin.{name}= has no value; an empty string is --gin.{name}=\"''\".")
+    raise UserError(
+      f'--gin.{name}= has no value; an empty string is --gin.{name}="\'\'".'
+    )
   try:
     parse_value(text, gin_files.NamesOnly())
     return text
@@ -76,11 +78,13 @@ def quote(text: str, name: str = 'NAME') -> str:
       raise UserError(
         f'--gin.{name}={text}: this is no Gin value (unbalanced quotes or brackets, or '
         f'text without quotes inside brackets). Write for example --gin.{name}="'
-        f"{_example(text)}\"."
+        f'{_example(text)}".'
       ) from error
   if text.lower() in _KEYWORDS:
     right = _KEYWORDS[text.lower()]
-    raise UserError(f"--gin.{name}={text}: write {right}, or \"'{text}'\" for the text.")
+    raise UserError(
+      f'--gin.{name}={text}: write {right}, or "\'{text}\'" for the text.'
+    )
   return repr(text)
 
 

@@ -91,8 +91,8 @@ class SearchPath:
         return path
     if name.startswith('t5x/') and not name.startswith('t5x/configs/runs/'):
       hint = (
-        " T5X's own model files are not part of this package (PaLM's are models/*.gin): "
-        'put your copy in the current folder or in one of --gin_search_paths.'
+        " T5X's own model files are not part of this package; PaLM's are models/*.gin. "
+        'Put your copy in the current folder or in one of --gin_search_paths.'
       )
     else:
       hint = did_you_mean(name, self._names())

@@ -115,6 +115,7 @@ class Loader:
     self._search = search
     self._texts = dict(texts or {})
     self._contexts: list[_Context] = []
+    self._mentioned: set[str] = set()
     self.dropped: list[str] = []
     self.notes: list[str] = []
 
@@ -175,7 +176,14 @@ class Loader:
     if selector.split('.')[-1] == 'EncoderDecoderModel':
       raise UserError(t5x_alias.ENCODER_DECODER)
     if context is not None and context.dynamic:
-      return self._by_alias(selector, context)
+      found = self._by_alias(selector, context)
+    else:
+      found = self._by_any_name(selector)
+    self._mentioned.add(found.selector)
+    return found
+
+  def _by_any_name(self, selector: str) -> Any:
+    """`resolve` by the aliases of all files, else by the end of a registered name."""
     found = {}
     for candidate in self._contexts:
       with contextlib.suppress(NameError, AttributeError):
@@ -185,6 +193,8 @@ class Loader:
     if len(found) == 1:
       return self._by_alias(selector, *found.values())
     matches = gin_config._REGISTRY.matching_selectors(selector)
+    # What the files mention goes before what libraries have registered besides.
+    matches = [m for m in matches if m in self._mentioned] or matches
     if len(matches) == 1 and not found:
       return gin_config._REGISTRY[matches[0]]
     if len(found) > 1 or len(matches) > 1:
@@ -277,7 +287,9 @@ class Loader:
     try:
       context.process_import(statement)
       if statement.module == 'palm_t5x.modes':
-        context.imports.remove(statement)  # config.gin names the functions' own modules.
+        context.imports.remove(
+          statement
+        )  # config.gin names the functions' own modules.
     except SyntaxError as error:
       if error.filename and error.filename.endswith('.py'):
         raise
@@ -344,8 +356,8 @@ class Loader:
       if scopes:
         names = ', '.join(f'{s}/{binding.name}' for s in scopes)
         self.notes.append(
-          f'--gin.{binding.name} does not reach where a file binds it in a scope; those '
-          f'are: {names}'
+          f'--gin.{binding.name} does not reach where a file binds it in a scope: '
+          f'{names}'
         )
 
 
@@ -358,7 +370,10 @@ def _register(module: types.ModuleType, path: list[str]) -> Any:
   context = _Context()
   location = config_parser.Location(None, 0, None, '')
   dotted = '.' in module.__name__
-  for name, is_from in (('__gin__.dynamic_registration', True), (module.__name__, dotted)):
+  for name, is_from in (
+    ('__gin__.dynamic_registration', True),
+    (module.__name__, dotted),
+  ):
     context.process_import(config_parser.ImportStatement(name, is_from, None, location))
   return context.get_configurable('.'.join([module.__name__.rpartition('.')[2], *path]))
 

@@ -2,7 +2,7 @@
 
 `sum_fn`, `bool_fn` and `string_split_fn` are for use inside Gin files;
 `summarize_gin_config` is what `train` and `evaluate` call to leave config.gin behind.
-`did_you_mean` and `parse_gin_flags` serve code that reads names or configurations itself.
+`did_you_mean` and `parse_gin_flags` serve code that reads names or files itself.
 """
 
 import os
@@ -112,9 +112,7 @@ def bool_fn(var1=gin.REQUIRED):
 
 
 @gin.configurable
-def string_split_fn(
-  text=gin.REQUIRED, separator=gin.REQUIRED, maxsplit=-1, index=None
-):
+def string_split_fn(text=gin.REQUIRED, separator=gin.REQUIRED, maxsplit=-1, index=None):
   """text.split(separator, maxsplit), or one part of it, for use inside Gin files."""
   parts = text.split(separator, maxsplit)
   return parts if index is None else parts[index]

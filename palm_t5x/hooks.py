@@ -18,6 +18,8 @@ import jax
 
 from palm_t5x.metrics import sum_metrics
 
+logger = logging.getLogger(__name__)
+
 Hook = Callable[[int, Mapping[str, Any]], str | None]
 
 
@@ -73,7 +75,7 @@ def periodically(
 
 
 class SignalHook:
-  """Ends a run after the present step on Ctrl-C or SIGTERM; a second one ends it now."""
+  """Ends a run after its step on Ctrl-C or SIGTERM; a second one ends it now."""
 
   def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)):
     self._signals = signals
@@ -113,6 +115,6 @@ def run_actions(
   for action in actions:
     if action.run(state, metrics_by_task):
       reason = f'{type(action).__name__} at step {int(state.step)}'
-      logging.warning('%s ends the run.', reason)
+      logger.warning('%s ends the run.', reason)
       return reason
   return None

@@ -70,7 +70,7 @@ def infer(
     raise UserError(f'infer.mode={mode!r}: it can be one of {", ".join(MODES)}.')
   if not 0 <= shard_id < num_shards:
     raise UserError(f'shard_id={shard_id} must be in 0..{num_shards - 1} (num_shards).')
-  partitioner.check_batch(dataset_cfg.batch_size)
+  partitioner.check_batch(dataset_cfg.batch_size, name='INFER_BATCH_SIZE')
   provider = utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   restored = restore_params(model, partitioner, restore_checkpoint_cfg)
   output_dir = run_dir.prepare(output_dir, 'INFER_OUTPUT_DIR')
@@ -155,7 +155,9 @@ def _examples(
     features = dataset.map(lambda e: {n: e[n] for n in names})
     for name in names:
       lengths[name] = lengths.get(name) or _longest(features, name)
-  converter = model.FEATURE_CONVERTER_CLS(pack=False, apply_length_check=False, bos_id=eos)
+  converter = model.FEATURE_CONVERTER_CLS(
+    pack=False, apply_length_check=False, bos_id=eos
+  )
   converted = converter(features, lengths).as_numpy_iterator()
   pairs = zip(dataset.as_numpy_iterator(), converted, strict=True)
   for n, (example, batch) in enumerate(pairs):

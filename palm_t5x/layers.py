@@ -11,6 +11,7 @@ Activations carry logical axis names ('batch', 'length', 'embed', 'heads', 'kv',
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from palm_t5x import cpu_kernels
 
 NEG_INF = -1e10  # the mask value of Google's PaLM code; finite, so no row can be NaN
 NORM_EPSILON = 1e-6
@@ -47,45 +50,43 @@ def _contract(x, w, dims, out):
   return lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=out)
 
 
-@functools.partial(jax.custom_vjp)
-def _fast_matmul(x_NC, w_CO):
-  """bf16 operands, fp32 result: twice the fp32 rate of XLA:CPU, 2-D dots only."""
-  x, w = x_NC.astype(jnp.bfloat16), w_CO.astype(jnp.bfloat16)
-  return _contract(x, w, ((1,), (0,)), jnp.float32)
+def project(x, w, mode, contract=1):
+  """Contracts the last `contract` axes of x with the first of w.
 
-
-def _fast_matmul_fwd(x_NC, w_CO):
-  x, w = x_NC.astype(jnp.bfloat16), w_CO.astype(jnp.bfloat16)
-  return _contract(x, w, ((1,), (0,)), jnp.float32), (x, w)
-
-
-def _fast_matmul_bwd(saved, g_NO):
-  x, w = saved
-  g = g_NO.astype(jnp.bfloat16)
-  dx = _contract(g, w, ((1,), (1,)), jnp.float32)
-  dw = _contract(x, g, ((0,), (0,)), jnp.float32)
-  return dx, dw
-
-
-_fast_matmul.defvjp(_fast_matmul_fwd, _fast_matmul_bwd)
-
-
-def project(x, w, dtype, contract=1):
-  """Contracts the last `contract` axes of x with the first of w, in mode `dtype`.
-
-  'bfloat16': operands and result bf16 (the accelerator's way). 'float32': all fp32.
+  mode 'bfloat16': operands and result bf16 (the accelerator's way). 'float32': all fp32.
   'fast': operands rounded to bf16, result fp32, forward and backward (XLA:CPU).
   """
-  if dtype == 'bfloat16':
-    x_dims = tuple(range(x.ndim - contract, x.ndim))
-    dims = (x_dims, tuple(range(contract)))
-    return _contract(x.astype(dtype), w.astype(dtype), dims, jnp.bfloat16)
   lead, tail = x.shape[: x.ndim - contract], w.shape[contract:]
+  if mode == 'bfloat16':
+    dims = (tuple(range(len(lead), x.ndim)), tuple(range(contract)))
+    return _contract(x.astype(mode), w.astype(mode), dims, jnp.bfloat16)
   size = math.prod(w.shape[:contract])
-  # One plain 2-D dot: XLA:CPU runs anything else slower, or (bf16) not at all.
-  x, w = x.reshape(-1, size), w.reshape(size, -1)
-  y = _fast_matmul(x, w) if dtype == 'fast' else x @ w
+  operands = jnp.bfloat16 if mode == 'fast' else jnp.float32
+  y = cpu_kernels.matmul(x.reshape(-1, size), w.reshape(size, -1), operands)
   return y.reshape(*lead, *tail)
+
+
+def project_split(x, w, widths, mode):
+  """`project`, its last axis split into `widths`: q and the MLP branches of a block.
+
+  One matmul on accelerators. On CPU one for each slice of the kernel: what is then
+  never split, and in the backward pass never put together, is the activations.
+  """
+  cuts = list(itertools.accumulate(widths))[:-1]
+  if mode == 'bfloat16':
+    return jnp.split(project(x, w, mode), cuts, axis=-1)
+  return [project(x, part, mode) for part in jnp.split(w, cuts, axis=-1)]
+
+
+def project_joined(parts, w_HFD, mode):
+  """Heads' parts [.., H, f_i], side by side, times w: the block's output projection."""
+  if mode == 'bfloat16':
+    return project(jnp.concatenate(parts, axis=-1), w_HFD, mode, contract=2)
+  cuts = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
+  kernels = jnp.split(w_HFD, cuts, axis=-2)
+  return sum(
+    project(part, w, mode, contract=2) for part, w in zip(parts, kernels, strict=True)
+  )
 
 
 def rotary_tables(positions_BT, head_dim, base=10_000.0):
@@ -145,6 +146,9 @@ def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla'):
     return jax.nn.dot_product_attention(
       q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation='cudnn'
     )
+  if kernel == 'blocked' and mask_BTS is None:
+    out = cpu_kernels.causal_attention(q_BTHK, k_BSGK, v_BSGK)
+    return checkpoint_name(out, 'attention')
   if mask_BTS is None:
     mask_BTS = jnp.tril(jnp.ones((1, T, S), bool))
   # Multi-query heads ride along the time axis, so nothing is transposed for G = 1.

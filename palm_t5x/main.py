@@ -22,6 +22,8 @@ from palm_t5x.modes import MODES, load
 # What the system says when it, and not the program, is at fault.
 _WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
+_PROCESS = ('coordinator_address', 'process_count', 'process_index')
+
 # Seconds that threads of libraries get to finish when the command is done.
 _PATIENCE = 10.0
 
@@ -72,7 +74,9 @@ def main(args: Sequence[str]) -> int:
 def _run_mode(options: command_line.Options) -> None:
   """Configures and runs one mode."""
   if not options.mode:
-    raise UserError(f'name a mode: t5x MODE, one of {", ".join(MODES)}. See t5x --help.')
+    raise UserError(
+      f'name a mode: t5x MODE, one of {", ".join(MODES)}. See t5x --help.'
+    )
   entry, reached = configure(options)
   if options.values.get('dry_run'):
     print(f'# What t5x {options.mode} would use. Nothing was built.\n{reached.text()}')
@@ -230,9 +234,9 @@ def _join_processes(values: dict[str, Any]) -> None:
   try:
     jax.distributed.initialize(**arguments)
   except (RuntimeError, ValueError) as error:
+    flags = ', '.join(f'--{name}={values[name]}' for name in _PROCESS if name in values)
     raise Failure(
-      f'the processes could not be joined (--coordinator_address={arguments["coordinator_address"]}'
-      f', --process_count={arguments["num_processes"]}): {str(error).splitlines()[0]}'
+      f'the processes could not be joined ({flags}): {str(error).splitlines()[0]}'
     ) from error
 
 

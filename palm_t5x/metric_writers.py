@@ -22,6 +22,8 @@ from etils import epath
 from palm_t5x.errors import Failure
 from palm_t5x.metrics import Ratio
 
+logger = logging.getLogger(__name__)
+
 FILE_NAME = 'metrics.jsonl'
 _REMOTE_SECONDS = 60.0
 
@@ -146,7 +148,7 @@ class MetricsWriter:
       self._events.flush()
     except Exception as error:
       # The numbers are in metrics.jsonl; a run of days must not die for a picture.
-      logging.warning('TensorBoard is off from here: %s: %s', self._events_dir, error)
+      logger.warning('TensorBoard is off from here: %s: %s', self._events_dir, error)
       self._tensorboard = False
 
 

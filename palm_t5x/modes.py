@@ -52,7 +52,7 @@ MODES = {
   'infer': Mode(
     'palm_t5x.infer',
     'infer',
-    'write a model’s predictions or scores for a task as JSON lines',
+    "write a model's predictions or scores for a task as JSON lines",
     'runs/infer.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
   ),

@@ -67,7 +67,7 @@ class TransformerConfig:
   scan_layers: bool = True
   remat_policy: str = 'none'
   fused_fan_in: bool = False  # one fan-in for o_wo_fused, not one for each slice
-  attention_kernel: str = 'xla'  # or 'cudnn'
+  attention_kernel: str = 'auto'  # 'xla', 'blocked' (CPU), 'cudnn' (GPU)
   segment_masking: bool = True  # packed segments, where given, see only themselves
 
   def __post_init__(self):
@@ -81,7 +81,7 @@ class TransformerConfig:
       'dtype': ('auto', 'float32', 'bfloat16', 'fast'),
       'norm': ('rms', 'layer_norm'),
       'remat_policy': tuple(REMAT_POLICIES),
-      'attention_kernel': ('xla', 'cudnn'),
+      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn'),
     }
     for name, allowed in choices.items():
       value = getattr(self, name)
@@ -122,6 +122,13 @@ class TransformerConfig:
     if self.dtype != 'auto':
       return self.dtype
     return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+  @property
+  def kernel(self):
+    """The attention kernel that 'auto' stands for."""
+    if self.attention_kernel != 'auto':
+      return self.attention_kernel
+    return 'xla' if self.mode == 'bfloat16' else 'blocked'
 
   @property
   def activation_dtype(self):
@@ -232,12 +239,10 @@ class Block(nn.Module):
     norm = lambda name, x: Norm(cfg.norm, name=name)(x)
     y_BTD = norm('layer_norm', x_BTD)
     if cfg.parallel_block:
-      q, *wi = self._split(layers.project(y_BTD, p['q_wi_fused'], cfg.mode))
+      q, *wi = self._split(y_BTD, p['q_wi_fused'])
       attended, new = self._attend(q, y_BTD, p['kv_fused'], cache, context)
       gated = layers.gate(wi, cfg.mlp_activations)
-      joined = jnp.concatenate([attended, gated], axis=-1)
-      out = layers.project(joined, p['o_wo_fused'], cfg.mode, contract=2)
-      x_BTD += drop(out)
+      x_BTD += drop(layers.project_joined([attended, gated], p['o_wo_fused'], cfg.mode))
     else:
       q = layers.project(y_BTD, p['q_fused'], cfg.mode)
       attended, new = self._attend(q, y_BTD, p['kv_fused'], cache, context)
@@ -252,13 +257,15 @@ class Block(nn.Module):
       x_BTD += drop(layers.project(gated, p['wo'], cfg.mode))
     return layers.constrain(x_BTD, ('batch', 'length', 'embed')), new
 
-  def _split(self, fused_BTHF):
-    """q [.., K] and the MLP branches [.., F/H] of the fused input projection."""
+  def _split(self, y_BTD, w_DHF):
+    """q [.., H, K] and the MLP branches [.., H, F/H] of the fused input projection."""
     cfg = self.config
-    fused_BTHF = layers.constrain(fused_BTHF, ('batch', 'length', 'heads', None))
     width = cfg.mlp_dim // cfg.num_heads
-    cuts = [cfg.head_dim + i * width for i in range(len(cfg.mlp_activations))]
-    q, *wi = jnp.split(fused_BTHF, cuts, axis=-1)
+    widths = [cfg.head_dim] + [width] * len(cfg.mlp_activations)
+    q, *wi = (
+      layers.constrain(part, ('batch', 'length', 'heads', None))
+      for part in layers.project_split(y_BTD, w_DHF, widths, cfg.mode)
+    )
     return q, *(checkpoint_name(w, 'wi') for w in wi)
 
   def _attend(self, q_BTHK, y_BTD, w_kv, cache, context):
@@ -272,7 +279,7 @@ class Block(nn.Module):
     if cache is not None:
       new = {'k': k, 'v': v}
       k, v = (jnp.concatenate([cache[n].astype(q.dtype), new[n]], 1) for n in 'kv')
-    return layers.attention(q, k, v, context.mask, cfg.attention_kernel), new
+    return layers.attention(q, k, v, context.mask, cfg.kernel), new
 
 
 class Decoder(nn.Module):

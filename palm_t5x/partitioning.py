@@ -40,7 +40,7 @@ def standard_logical_axis_rules(
 
   Rules are tried in order, and a mesh axis is given to a tensor once: with
   `('embed', 'model')` before `('embed', 'data')` the embed axis of a kernel whose heads
-  already took `model` goes to `data`. PaLM's layout is 2 and 2 (GSPMD's "2D finalized").
+  already took `model` goes to `data`. PaLM's layout is 2 and 2.
 
   Args:
     activation_partitioning_dims: 2 shards the embed axis of activations over `model`.
@@ -261,7 +261,12 @@ class PjitPartitioner:
     names = (names,) if isinstance(names, str) else (names or ())
     return math.prod(self.mesh.shape[n] for n in names)
 
-  def check_batch(self, batch_size: int, num_microbatches: int | None = None):
+  def check_batch(
+    self,
+    batch_size: int,
+    num_microbatches: int | None = None,
+    name: str = 'BATCH_SIZE',
+  ):
     """Refuses a batch that the mesh cannot cut into equal parts.
 
     Raises:
@@ -272,7 +277,7 @@ class PjitPartitioner:
       below = max(parts, batch_size // parts * parts)
       micro = f' times {num_microbatches} microbatches' if num_microbatches else ''
       raise UserError(
-        f'BATCH_SIZE={batch_size} does not divide by {parts} (the mesh '
+        f'{name}={batch_size} does not divide by {parts} (the mesh '
         f'{dict(self.mesh.shape)} cuts a batch into {self.num_data_shards} '
         f'parts{micro}). Use {below} or {below + parts}.'
       )
@@ -307,7 +312,7 @@ class PjitPartitioner:
   def partition(
     self, fn: Callable, in_shardings=None, out_shardings=None, **jit_kwargs
   ) -> Callable:
-    """`jax.jit` under this mesh and these rules; has `.lower` like a jitted function."""
+    """`jax.jit` under this mesh and these rules; `.lower` as of a jitted function."""
     kwargs = dict(jit_kwargs)
     if in_shardings is not None:
       kwargs['in_shardings'] = in_shardings

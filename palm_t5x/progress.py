@@ -20,6 +20,29 @@ def duration(seconds: float) -> str:
   return f'{hours}:{m:02d}:{s:02d}' if hours else f'{m}:{s:02d}'
 
 
+class PrepareProgress:
+  """Says what a preparation is doing: at its start, then every few seconds.
+
+  Called as progress(label, done, total), as `corpus.prepare` does.
+  """
+
+  _SECONDS = 2.0
+
+  def __init__(self, stream: TextIO | None = None, clock=time.monotonic):
+    self._stream, self._clock = stream or sys.stdout, clock
+    self._label, self._spoke = '', 0.0
+
+  def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
+    """`done` of `total` units (bytes) of the work called `label` are done."""
+    now = self._clock()
+    if label != self._label:
+      self._label, self._spoke = label, now
+      print(f'{label} ...', file=self._stream, flush=True)
+    elif total and now - self._spoke > self._SECONDS:
+      self._spoke = now
+      print(f'{label}: {100 * done / total:.0f}%', file=self._stream, flush=True)
+
+
 class ProgressLine:
   """Prints a run's progress: coloured with a bar on a terminal, plain lines otherwise.
 

@@ -18,6 +18,8 @@ from palm_t5x.corpus.vocabulary import hash_of
 from palm_t5x.errors import UserError
 from palm_t5x.utils import describe_vocabulary
 
+logger = logging.getLogger(__name__)
+
 # Other values of these change results in the last bits, and nothing else.
 _EXACTNESS = ('mesh', 'num_processes', 'nproc', 'platform', 'machine', 'versions')
 
@@ -40,7 +42,9 @@ def describe(model: Any, partitioner: Any, seed: int) -> dict[str, Any]:
     'nproc': os.environ.get('NPROC', ''),
     'platform': jax.default_backend(),
     'machine': platform.machine(),
-    'versions': {p: _version(p) for p in ('palm_t5x', 'jax', 'jaxlib', 'flax', 'optax')},
+    'versions': {
+      p: _version(p) for p in ('palm_t5x', 'jax', 'jaxlib', 'flax', 'optax')
+    },
     'config': gin_utils.get_gin_config_str(),
   }
 
@@ -63,7 +67,7 @@ def check_vocabulary(stored: Mapping[str, Any], vocabulary: Any, where: Any):
 def warn_differences(stored: Mapping[str, Any], current: Mapping[str, Any]):
   """Says once what will make the continuation differ from an uninterrupted run."""
   if stored.get('seed') != current['seed']:
-    logging.warning(
+    logger.warning(
       'RANDOM_SEED was %s and is now %s: the data order changes from here on.',
       stored.get('seed'),
       current['seed'],
@@ -74,7 +78,7 @@ def warn_differences(stored: Mapping[str, Any], current: Mapping[str, Any]):
     if name in stored and stored[name] != current[name]
   ]
   if changed:
-    logging.warning(
+    logger.warning(
       'resuming under other conditions (%s): equal to rounding, not bit for bit.',
       '; '.join(changed),
     )

@@ -25,7 +25,7 @@ _NOISE = re.compile(
 
 
 def install() -> None:
-  """Makes later imports of TensorFlow quiet; what is imported already stays as it is."""
+  """Makes later imports of TensorFlow quiet."""
   if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
     sys.meta_path.insert(0, _Finder())
 
@@ -61,7 +61,7 @@ class _Loader(importlib.abc.Loader):
 
 @contextlib.contextmanager
 def _held_stderr() -> Iterator[None]:
-  """Holds back what is written to file descriptor 2; at the end the noise is dropped."""
+  """Holds back what is written to file descriptor 2, and drops the noise."""
   sys.stderr.flush()
   try:
     saved = os.dup(2)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from palm_t5x import metrics
-from palm_t5x.metric_writers import MetricsWriter
+from palm_t5x.metric_writers import MetricsWriter, read_metrics
 from palm_t5x.progress import ProgressLine, duration
 
 
@@ -126,6 +126,13 @@ class Reporter:
       self.last_evaluation = dict(values)
     self.say(f'  eval step {step:,}  {name:20} {readable(values)}')
 
+  def already_finished(self) -> bool:
+    """Whether a run that had nothing left to do wrote its closing evaluation too."""
+    rows = read_metrics(self._model_dir)
+    return self._start == self._total and any(
+      row['step'] == self._total and 'eval' in row['split'] for row in rows
+    )
+
   def samples(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]]):
     """Prompts and what the model made of them."""
     self.say('\nSamples')
@@ -148,7 +155,9 @@ class Reporter:
       f'Everything is in {folder}: checkpoint_{step}, metrics.jsonl, config.gin, '
       'model-info.txt, TensorBoard events.'
     )
-    files = ' '.join(a for a in sys.argv if a.startswith('--gin_file')) or '--gin_file=...'
+    files = (
+      ' '.join(a for a in sys.argv if a.startswith('--gin_file')) or '--gin_file=...'
+    )
     here = f'{files} --gin.MODEL_DIR={folder}'
     self.say('Next:')
     self.say(f"  t5x complete {here} 'def main('")

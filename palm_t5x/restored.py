@@ -10,6 +10,8 @@ from palm_t5x import checkpoints, provenance, utils
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class Restored:
@@ -65,5 +67,5 @@ def restore_params(
     shardings,
   )
   params = checkpoints.load(folder, {'target': abstract}, dtype=cfg.dtype)['target']
-  logging.info('restored %s (step %d).', folder, metadata['step'])
+  logger.info('restored %s (step %d).', folder, metadata['step'])
   return Restored(params, shardings, int(metadata['step']), str(folder))

@@ -21,12 +21,12 @@ DECODER_ONLY = 't5x.examples.decoder_only.network'
 
 _NOT_PALM = (
   f"{DECODER_ONLY} is T5X's own decoder-only architecture (serial blocks, relative "
-  "position biases), which is not PaLM's and is not part of this package. Take the model "
-  "from a PaLM file instead: --gin_file=models/palm_8b.gin after T5X's model file."
+  "position biases), which is not PaLM's and is not part of this package. Take the "
+  "model from a PaLM file: add --gin_file=models/palm_8b.gin after T5X's model file."
 )
 ENCODER_DECODER = (
-  'EncoderDecoderModel: this package trains decoder-only models; encoder-decoder models '
-  "need Google's T5X. Use models.DecoderOnlyModel, or --gin_file=models/palm_8b.gin."
+  'EncoderDecoderModel: this package trains decoder-only models; others need '
+  "Google's T5X. Use models.DecoderOnlyModel, or --gin_file=models/palm_8b.gin."
 )
 
 
@@ -98,8 +98,8 @@ def explain_missing(name: str) -> str:
   root = name.split('.')[1]
   there = ', '.join(f't5x.{n}' for n in _KNOWN if n in _available())
   return (
-    f'{name} is not part of this package.{did_you_mean(root, _available())} Of T5X’s '
-    f'modules there are: {there}.'
+    f'{name} is not part of this package.{did_you_mean(root, _available())} '
+    f'Modules of T5X that are: {there}.'
   )
 
 

@@ -1,8 +1,8 @@
 """T5X's parameters and classes that have no meaning here.
 
-They are accepted in Gin, so that T5X files run unchanged, and reported once. A name that
-our own function does have is never dropped: this table is asked only when binding it
-failed. A parameter that would change results is not in it and stays an error.
+They are accepted in Gin, so that T5X files run unchanged, and reported once. A name
+that our own function does have is never dropped: this table is asked only when binding
+it failed. A parameter that would change results is not in it and stays an error.
 """
 
 _ENGINE = frozenset(
@@ -40,7 +40,12 @@ PARAMETERS = {
   'precompile': _ENGINE,
   'save': _ENGINE,
   'DatasetConfig': frozenset(
-    {'use_custom_packing_ops', 'num_prefetch_threads', 'num_workers', 'use_memory_cache'}
+    {
+      'use_custom_packing_ops',
+      'num_prefetch_threads',
+      'num_workers',
+      'use_memory_cache',
+    }
   ),
   'SaveCheckpointConfig': _CHECKPOINTS,
   'RestoreCheckpointConfig': _CHECKPOINTS,

@@ -23,9 +23,12 @@ from palm_t5x import (
 from palm_t5x.corpus import prepare
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
+from palm_t5x.progress import PrepareProgress
 from palm_t5x.reporting import Reporter
 from palm_t5x.train_state import TrainState, TrainStateInitializer
 from palm_t5x.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -94,16 +97,17 @@ def train(
   if use_hardware_rng:
     jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
   seed, vocabulary = random_seed or 0, model.output_vocabulary
-  first_size = _first_size(train_dataset_cfg.batch_size)
-  partitioner.check_batch(first_size)
+  sizes = train_dataset_cfg.batch_sizes
+  for size in sizes:
+    partitioner.check_batch(size)
   utils.get_mixture_or_task(train_dataset_cfg.mixture_or_task_name)
   model_dir = run_dir.prepare(model_dir)
   vocabulary_lib.use(vocabulary)
-  prepare.learn_vocabulary(vocabulary, cache_dir)
+  prepare.learn_vocabulary(vocabulary, cache_dir, progress=PrepareProgress())
   utils.verify_vocabulary_size(model)
   utils.verify_matching_vocabs(train_dataset_cfg, model)
 
-  shapes = {'decoder_input_tokens': (first_size, train_dataset_cfg.length)}
+  shapes = {'decoder_input_tokens': (sizes[0], train_dataset_cfg.length)}
   initializer = TrainStateInitializer(model, partitioner, shapes)
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
   checkpointer = checkpoints.Checkpointer(model_dir, save_cfg.keep, save_cfg.dtype)
@@ -119,10 +123,10 @@ def train(
       'already: raise TRAIN_STEPS, or name another MODEL_DIR.'
     )
   summarize_config_fn(model_dir, None, start)
-  run_dir.write_model_info(model_dir, state.params, initializer.axes.params, partitioner)
-  data = datasets.TrainDataset(
-    train_dataset_cfg, vocabulary, cache_dir, seed, position
+  run_dir.write_model_info(
+    model_dir, state.params, initializer.axes.params, partitioner
   )
+  data = datasets.TrainDataset(train_dataset_cfg, vocabulary, cache_dir, seed, position)
   trainer = trainer_cls(
     model=model,
     train_state=state,
@@ -132,6 +136,8 @@ def train(
     train_state_axes=initializer.axes,
     rng=jax.random.key(seed),
   )
+  for size in sizes:
+    partitioner.check_batch(size, trainer.num_microbatches)
   reporter = Reporter(
     model_dir,
     total_steps,
@@ -142,6 +148,9 @@ def train(
     'bfloat16' if model.config.mode == 'fast' else 'float32',
   )
   with reporter, checkpointer:
+    if reporter.already_finished():
+      reporter.finished(start, None)
+      return {}
     run = TrainingRun(trainer, data, checkpointer, reporter, metadata, actions or {})
     run.add_loss_evaluation(
       train_eval_dataset_cfg, cache_dir, seed, eval_steps, final_eval_steps
@@ -216,7 +225,7 @@ def initial_state(
     state, stored = newest
     provenance.check_vocabulary(stored, vocabulary, checkpointer.directory)
     provenance.warn_differences(stored, metadata)
-    logging.info('resumed from step %d in %s.', int(state.step), checkpointer.directory)
+    logger.info('resumed from step %d in %s.', int(state.step), checkpointer.directory)
     return state, datasets.Position.from_json(stored['data'])
   path = restore.single_path if restore else None
   if path:
@@ -244,9 +253,5 @@ def _from_checkpoint(
     state = TrainState(fresh.step, params, fresh.opt_state)
   else:
     state = TrainState.from_tree(checkpoints.load(folder, abstract.to_tree()))
-  logging.info('started from %s (step %d).', folder, int(state.step))
+  logger.info('started from %s (step %d).', folder, int(state.step))
   return state, datasets.Position(step=int(state.step))
-
-
-def _first_size(batch_size: utils.BatchSize) -> int:
-  return batch_size if isinstance(batch_size, int) else batch_size[0][1]

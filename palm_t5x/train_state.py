@@ -57,7 +57,9 @@ class TrainStateInitializer:
     self.optimizer = model.optimizer_def.bind(param_axes)
     with partitioner.context():
       self.shapes = jax.eval_shape(self._create, jax.random.key(0))
-    self.axes = TrainState((), param_axes, self.optimizer.state_axes(param_axes, self.shapes.params))
+    self.axes = TrainState(
+      (), param_axes, self.optimizer.state_axes(param_axes, self.shapes.params)
+    )
     self.shardings = partitioner.shardings(self.axes, self.shapes)
 
   def _create(self, rng: jax.Array) -> TrainState:

@@ -19,13 +19,17 @@ from palm_t5x.errors import UserError
 from palm_t5x.metrics import Ratio
 from palm_t5x.train_state import TrainState
 
+logger = logging.getLogger(__name__)
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
 def _microbatches(batch: Batch, n: int) -> Batch:
   """[B, ...] -> [n, B/n, ...], every device keeping rows that it already holds."""
-  return {k: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+  return {
+    k: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0) for k, x in batch.items()
+  }
 
 
 def accumulate_gradients(model, params, batch: Batch, rng, num_microbatches: int):
@@ -120,7 +124,7 @@ class TerminateOnNanAction(BaseAction):
     value = metrics_by_task.get(self.task, {}).get(self.metric)
     if value is None or math.isfinite(value):
       return False
-    logging.error(
+    logger.error(
       'step %d: %s of %s is %s: stopping.',
       int(train_state.step),
       self.metric,
@@ -166,7 +170,7 @@ class EarlyStoppingAction(BaseAction):
     self._waited += 1
     if self._waited < self.patience:
       return False
-    logging.warning(
+    logger.warning(
       'step %d: %s of %s has not improved on %.5g for %d evaluations: stopping.',
       int(train_state.step),
       name,

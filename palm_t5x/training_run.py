@@ -59,7 +59,7 @@ class TrainingRun:
     """Measures the loss of this held-out text at each evaluation."""
     if cfg is None:
       return
-    self.partitioner.check_batch(cfg.batch_size)
+    self.partitioner.check_batch(cfg.batch_size, name='EVAL_BATCH_SIZE')
     self._eval_cfg = cfg
     self._eval_steps, self._final_eval_steps = eval_steps, final_eval_steps
     self._readers = datasets.eval_readers(
@@ -76,7 +76,7 @@ class TrainingRun:
     """Computes SeqIO metrics of this task or mixture at each evaluation."""
     if cfg is None:
       return
-    self.partitioner.check_batch(cfg.batch_size)
+    self.partitioner.check_batch(cfg.batch_size, name='EVAL_BATCH_SIZE')
     self._task_evaluator = evaluation.TaskEvaluator(
       cfg,
       self.trainer.model,
@@ -128,7 +128,11 @@ class TrainingRun:
     """Held-out loss of each task, and of all together under the mixture's name."""
     results = {
       name: evaluation.evaluate_loss(
-        self.trainer.eval, self.partitioner, reader, self._eval_cfg.batch_size, max_batches
+        self.trainer.eval,
+        self.partitioner,
+        reader,
+        self._eval_cfg.batch_size,
+        max_batches,
       )
       for name, reader in self._readers.items()
     }

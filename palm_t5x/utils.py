@@ -1,9 +1,9 @@
 """The configuration objects that Gin files bind, and what turns them into data.
 
 T5X names: DatasetConfig, SaveCheckpointConfig, RestoreCheckpointConfig,
-CheckpointConfig, get_dataset, get_training_eval_datasets, create_learning_rate_scheduler,
-verify_matching_vocabs, round_vocab_size_to_multiple. Fields that T5X has and this engine
-does not need are dropped at the Gin boundary (palm_t5x.gin_utils), not here.
+CheckpointConfig, get_dataset, create_learning_rate_scheduler, verify_matching_vocabs,
+round_vocab_size_to_multiple. Fields that T5X has and this engine does not need are
+dropped at the Gin boundary (palm_t5x.gin_utils), not here.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class DatasetConfig:
   Attributes:
     mixture_or_task_name: a name in SeqIO's registry (or a Task / Mixture itself).
     task_feature_lengths: tokens per feature, such as {'inputs': 512, 'targets': 2048};
-      a language model reads rows of `targets` tokens. None: longest example (eval only).
+      a language model reads rows of `targets` tokens. None: the longest example.
     split: SeqIO split.
     batch_size: sequences per step; for training also ((first step, size), ...).
     shuffle: accepted for T5X; training order is always a seeded permutation.
@@ -53,17 +53,19 @@ class DatasetConfig:
   trim_output_features: bool = True
 
   def __post_init__(self):
-    sizes = (
-      [self.batch_size]
-      if not isinstance(self.batch_size, (tuple, list))
-      else [size for _, size in self.batch_size]
-    )
-    for size in sizes:
+    for size in self.batch_sizes:
       if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(
           f'BATCH_SIZE={self.batch_size!r}: a batch size is a whole number of '
           'sequences, 1 or more, or ((first step, size), ...).'
         )
+
+  @property
+  def batch_sizes(self) -> list[int]:
+    """Every size of the schedule, in order."""
+    if isinstance(self.batch_size, (tuple, list)):
+      return [size for _, size in self.batch_size]
+    return [self.batch_size]
 
   @property
   def name(self) -> str:
@@ -95,7 +97,7 @@ class SaveCheckpointConfig:
     period: steps between saves; None saves at the end alone.
     checkpoint_steps: further steps to save at.
     keep: how many newest to keep; None keeps all.
-    save_dataset: accepted for T5X: the data position is always saved, and is one number.
+    save_dataset: accepted for T5X: the data position, one number, is always saved.
   """
 
   dtype: str = 'float32'
@@ -230,7 +232,7 @@ def get_dataset(
   feature_converter_cls: Callable[..., Any],
   num_epochs: int | None = None,
 ):
-  """SeqIO's own pipeline as a tf.data.Dataset of unbatched examples (T5X's get_dataset).
+  """SeqIO's own pipeline: a tf.data.Dataset of unbatched examples (T5X's name).
 
   Evaluation of tasks with metrics uses it; training reads token stores instead.
   """

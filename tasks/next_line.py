@@ -1,7 +1,7 @@
 """A few-shot task from the text that is on the machine: which line comes next?
 
-Three lines of a held-out standard library file, and four lines of the same file to go on
-with, one of which does. Two solved examples from the training split come first. The
+Three lines of a held-out standard library file, and four lines of the same file to go
+on with, one of which does. Two solved examples from the training split come first. The
 model ranks the four by their log-likelihood; guessing gets 25 %.
 
     Code:
@@ -16,6 +16,7 @@ import hashlib
 import itertools
 
 import seqio
+
 from palm_t5x.corpus import sources
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 

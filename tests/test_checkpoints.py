@@ -29,9 +29,9 @@ def _state(step, devices=4):
   return TrainState(jnp.int32(step), {'kernel': kernel}, moments)
 
 
-def _abstract(state, devices, spec=P()):
+def _abstract(state, devices, spec=None):
   def one(x):
-    sharding = _sharding(devices, spec if x.ndim else P())
+    sharding = _sharding(devices, spec if spec and x.ndim else P())
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(one, state)
@@ -75,7 +75,9 @@ def test_parameters_alone(tmp_path):
 
 def _damage(folder, kind, rng):
   files = sorted(
-    p for p in folder.rglob('*') if p.is_file() and p.name not in ('commit_success.txt',)
+    p
+    for p in folder.rglob('*')
+    if p.is_file() and p.name not in ('commit_success.txt',)
   )
   files = [p for p in files if p.name != '_CHECKPOINT_METADATA' and p.stat().st_size]
   victim = rng.choice(files)
@@ -98,7 +100,9 @@ def test_damage_is_never_loaded(tmp_path, caplog, kind, seed):
   _equal(state, _state(1))
   assert 'checkpoint_2 is damaged' in caplog.text
   with pytest.raises(Failure, match='damaged'):
-    checkpoints.load(tmp_path / 'checkpoint_2', {'target': _abstract(_state(2), 1).params})
+    checkpoints.load(
+      tmp_path / 'checkpoint_2', {'target': _abstract(_state(2), 1).params}
+    )
   assert checkpoints.find(tmp_path).name == 'checkpoint_1'
 
 
@@ -133,7 +137,7 @@ def test_another_model_is_named_by_its_parameters(tmp_path):
     pytest.raises(UserError) as e,
   ):
     checkpointer.restore_newest(other)
-  assert 'target/kernel is (8, 6) there and (8, 7) here' in str(e.value)
+  assert 'target/kernel is (8, 6) there, (8, 7) here' in str(e.value)
 
 
 def test_missing_checkpoint_names_near_ones(tmp_path):

@@ -124,93 +124,6 @@ def error(*args, **kwargs):
   return message
 
 
-# --- Values from a shell.
-
-
-@pytest.mark.parametrize(
-  'text',
-  [
-    'runs/m',
-    'py_lm',
-    'gs://bucket/run1',
-    'my/*.txt',
-    'train[:1%]',
-    '8b',
-    '2024-01-01',
-    '~/data',
-    'palm_8b.gin',
-    'a b c',
-    "it's",
-    '10k',
-    '100%',
-    'C:\\runs',
-    'x=y',
-    '...',
-  ],
-)
-def test_bare_text_is_quoted(text):
-  quoted = gin_command_line.quote(text)
-  assert gin.config.parse_value(quoted) == text
-
-
-@pytest.mark.parametrize(
-  ('text', 'value'),
-  [
-    ('5', 5),
-    ('-5', -5),
-    ('1e-3', 1e-3),
-    ('255_000', 255000),
-    ('(1, 256, 12)', (1, 256, 12)),
-    ('[]', []),
-    ("{'inputs': 8, 'targets': 16}", {'inputs': 8, 'targets': 16}),
-    ('((0, 512), (50_000, 1024))', ((0, 512), (50000, 1024))),
-    ('None', None),
-    ('True', True),
-    ("'quoted'", 'quoted'),
-    ('"quoted"', 'quoted'),
-    ("''", ''),
-  ],
-)
-def test_gin_values_stay(text, value):
-  assert gin.config.parse_value(gin_command_line.quote(text)) == value
-
-
-@pytest.mark.parametrize('text', ['@gin_toy.adam()', '@a/gin_toy.adam', '%NAME', '[%A, @b]'])
-def test_references_stay(text):
-  assert gin_command_line.quote(text) == text
-
-
-@pytest.mark.parametrize(
-  'text', ["'runs/m", 'runs/m"', '(1, 2', "{'a': 3", '[a, b]', '@', '"a\'', '{a: 1}']
-)
-def test_misquoted_values_are_refused(text):
-  with pytest.raises(UserError, match='no Gin value'):
-    gin_command_line.quote(text, 'X')
-
-
-@pytest.mark.parametrize('text', ['true', 'false', 'none', 'null', 'FALSE'])
-def test_lower_case_keywords_are_refused(text):
-  with pytest.raises(UserError, match=r'write (True|False|None)'):
-    gin_command_line.quote(text, 'X')
-
-
-def test_binding_needs_a_value():
-  with pytest.raises(UserError, match="with the '='"):
-    gin_command_line.parse_binding('BATCH_SIZE')
-  with pytest.raises(UserError, match='no value'):
-    gin_command_line.parse_binding('BATCH_SIZE=')
-  with pytest.raises(UserError, match='no name'):
-    gin_command_line.parse_binding('BATCH-SIZE=3')
-
-
-def test_rewrite_gin_args_is_t5xs():
-  assert gin_utils.rewrite_gin_args(['--gin.A=x/y', '--gin.B=3', '--other']) == [
-    "--gin_bindings=A = 'x/y'",
-    '--gin_bindings=B = 3',
-    '--other',
-  ]
-
-
 # --- Names from a shell.
 
 
@@ -497,7 +410,7 @@ def test_summarize_gin_config_writes_a_file_that_parses(tmp_path):
 def test_helpers_inside_gin_files():
   text = RUN + (
     'MODEL_DIR = @a/gin_utils.sum_fn()\n'
-    "a/gin_utils.sum_fn.var1 = @gin_utils.string_split_fn()\n"
+    'a/gin_utils.sum_fn.var1 = @gin_utils.string_split_fn()\n'
     "a/gin_utils.sum_fn.var2 = '/run'\n"
     "gin_utils.string_split_fn:\n  text = 'x,y'\n  separator = ','\n  index = 1\n"
   )

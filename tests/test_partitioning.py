@@ -47,7 +47,9 @@ def test_a_mesh_of_6144_is_described_without_devices():
   partitioner = partitioning.PjitPartitioner(
     ici_mesh_shape=(1, 256, 12), dcn_mesh_shape=(2, 1, 1)
   )
-  assert partitioner.spec(('batch', 'length', 'embed')) == P(('pod', 'data'), None, None)
+  assert partitioner.spec(('batch', 'length', 'embed')) == P(
+    ('pod', 'data'), None, None
+  )
 
 
 # T5X's table (docs of standard_logical_axis_rules), with batch over pod and data:

@@ -102,7 +102,8 @@ def test_microbatches_give_the_same_update(num_microbatches):
 
 
 @pytest.mark.parametrize(
-  'shape,dims', [((8, 1), (1, 2)), ((4, 2), (2, 2)), ((2, 4), (1, 1)), ((2, 2, 2), (2, 2))]
+  'shape,dims',
+  [((8, 1), (1, 2)), ((4, 2), (2, 2)), ((2, 4), (1, 1)), ((2, 2, 2), (2, 2))],
 )
 def test_every_mesh_gives_the_same_losses(shape, dims):
   rules = partitioning.standard_logical_axis_rules(*dims)

@@ -102,5 +102,3 @@ def _text(value: Any) -> str:
   if isinstance(value, float):
     return f'{value:.4g}'
   return str(value)
-
-

@@ -93,5 +93,7 @@ def _first_example(task: Any, split: str) -> dict[str, Any]:
 def _shortened(value: Any, longest: int = 400) -> str:
   if isinstance(value, bytes):
     value = value.decode('utf-8', 'replace')
-  text = repr(value) if not isinstance(value, str) else repr(value)
-  return text if len(text) <= longest else f'{text[:longest]}... ({len(text)} characters)'
+  text = repr(value)
+  return (
+    text if len(text) <= longest else f'{text[:longest]}... ({len(text)} characters)'
+  )

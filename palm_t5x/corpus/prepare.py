@@ -53,7 +53,7 @@ def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
     return [(provider, 1.0)]
   try:
     weighted = [(task, float(provider.get_rate(task))) for task in chosen]
-  except (AssertionError, ValueError) as e:
+  except (AssertionError, TypeError, ValueError) as e:
     raise errors.UserError(
       f"The rates of mixture '{provider.name}' cannot be computed ({e}): give it "
       'numbers, or cache its tasks with seqio_cache_tasks.'
@@ -230,7 +230,9 @@ def learn_vocabulary(
     if progress:
       total = sum(len(text.encode(errors='replace')) for text in texts)
       progress(f'learning {size:,} pieces from {name}', 0, total)
-    vocabulary_lib.train(texts, vocabulary.path, size, note=name)
+    vocabulary_lib.train(
+      texts, vocabulary.path, size, model_type=vocabulary.model_type, note=name
+    )
   return vocabulary
 
 

@@ -41,6 +41,7 @@ class SentencePieceVocabulary(seqio.Vocabulary):
       file is not needed to know the model's shape.
     learn_from: the mixture or task to learn the vocabulary from if there is no file
       yet: see `prepare.learn_vocabulary`.
+    model_type: how it is then learned: 'unigram' or 'bpe'.
     cache_dir: the folder that a relative `path` is relative to; None: the working
       directory.
   """
@@ -51,11 +52,13 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     vocab_size: int | None = None,
     learn_from: str | None = None,
     cache_dir: str | None = None,
+    model_type: str = 'unigram',
   ):
     super().__init__(extra_ids=0)
     self._raw_path = os.fspath(path)
     self._size = None if vocab_size is None else int(vocab_size)
     self.learn_from = learn_from
+    self.model_type = model_type
     self.cache_dir = cache_dir
     self._codec = None
     self._hash = None
@@ -106,6 +109,11 @@ class SentencePieceVocabulary(seqio.Vocabulary):
           f'{self.path} is not a SentencePiece model, or is damaged: delete it to have '
           'it learned again, or name another file.'
         ) from e
+      if codec.eos_id != EOD_ID:
+        raise errors.UserError(
+          f'The vocabulary at {self.path} ends documents with id {codec.eos_id}, this '
+          'class is for those with [eod] = 1: use seqio.SentencePieceVocabulary.'
+        )
       if self._size is not None and codec.size != self._size:
         raise errors.UserError(
           f'The vocabulary at {self.path} has {codec.size} pieces, but vocab_size = '
@@ -316,7 +324,8 @@ def train(
   """Learns a vocabulary with the paper's properties and writes it atomically.
 
   Writes `path` and, before it, `path`.json: sizes, options, and the model's hash. The
-  same texts and `num_threads` give the same bytes.
+  same texts and `num_threads` give the same bytes. Where the text is too short for so
+  many pieces, the last ids are pieces that nothing is ever encoded to.
 
   Args:
     texts: an iterable of strings; only what it yields is read, so bound it first.
@@ -347,19 +356,22 @@ def train(
     # A control piece: the text "[eod]" is ordinary text, never this id.
     'eos_piece': '[eod]',
     'user_defined_symbols': ['\n'],
+    # However rare spaces are: as bytes they would come back as a literal U+2581.
+    'required_chars': codec_lib.SPACE_MARK,
     'num_threads': num_threads,
     'max_sentence_length': 1 << 20,
     # Candidates to prune from. The default of a million doubles the time and, for small
     # vocabularies, changes nothing that can be measured.
     'seed_sentencepiece_size': max(100_000, 4 * vocab_size),
     'train_extremely_large_corpus': vocab_size > 100_000,
+    'hard_vocab_limit': False,
   }
   if vocab_size <= NUM_RESERVED:
     raise errors.UserError(
       f'vocab_size = {vocab_size} leaves no room beside the {NUM_RESERVED} reserved '
       'pieces: choose 512 or more.'
     )
-  model, seen = io.BytesIO(), {'characters': 0}
+  model, seen = io.BytesIO(), {'characters': 0, 'spaces': False}
 
   def lines():
     # The newline has a piece of its own, so that no piece needs to span lines.
@@ -367,7 +379,10 @@ def train(
       seen['characters'] += len(text)
       for line in text.split('\n'):
         if line.strip() and codec_lib.SPACE_MARK not in line:
+          seen['spaces'] |= ' ' in line
           yield line
+    if not seen['spaces'] and seen['characters']:
+      yield 'a a'  # required_chars must occur
 
   feed = lines()
   first = next(feed, None)
@@ -385,7 +400,7 @@ def train(
       f'Cannot learn {vocab_size} pieces from {seen["characters"]:,} characters of '
       f'text: use a smaller vocab_size or more text. SentencePiece says: {e}'
     ) from e
-  data = _bytes_first(model.getvalue())
+  data = _with_fixed_ids(model.getvalue(), vocab_size)
   manifest = {
     'hash': hashlib.blake2b(data, digest_size=16).hexdigest(),
     'characters': seen['characters'],
@@ -399,8 +414,8 @@ def train(
   return SentencePieceVocabulary(path, vocab_size)
 
 
-def _bytes_first(model: bytes) -> bytes:
-  """Moves the newline's piece behind the 256 bytes, as the order of ids is fixed."""
+def _with_fixed_ids(model: bytes, vocab_size: int) -> bytes:
+  """Moves the newline's piece behind the 256 bytes; fills up with unused pieces."""
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -409,4 +424,7 @@ def _bytes_first(model: bytes) -> bytes:
   pieces.insert(NEWLINE_ID, pieces.pop(FIRST_BYTE_ID))
   del proto.pieces[:]
   proto.pieces.extend(pieces)
+  for i in range(vocab_size - len(pieces)):
+    proto.pieces.add(piece=f'<unused_{i}>', score=0.0, type=proto.SentencePiece.UNUSED)
+  proto.trainer_spec.vocab_size = vocab_size
   return proto.SerializeToString(deterministic=True)
