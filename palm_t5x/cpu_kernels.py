@@ -50,7 +50,9 @@ def _matmul_bwd(operand_dtype, saved, g_NO):
   x_NC, w_CO = saved
   g_NO = g_NO.astype(operand_dtype)
   dx = _dot(g_NO, w_CO.astype(operand_dtype), _NT)
-  return dx, _dot(_transpose(x_NC), g_NO, _NN)
+  if x_NC.shape[1] <= g_NO.shape[1]:  # transpose the narrower one
+    return dx, _dot(_transpose(x_NC), g_NO, _NN)
+  return dx, _transpose(_dot(_transpose(g_NO), x_NC, _NN))
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -102,7 +104,7 @@ def _backward_row(q_XK, k_SK, v_SK, out_XK, logsum_X, g_XK):
     ds = p * (_dot(v_SK[:keys], g, _NT) - delta_X[rows])
     dv = dv.at[:keys].add(_dot(p, g, _NN))
     dk = dk.at[:keys].add(_dot(ds, q, _NN))
-    dq.append(_dot(k.T, ds, _NN).T)
+    dq.append(_transpose(_dot(_transpose(k), ds, _NN)))
   return jnp.concatenate(dq), dk, dv
 
 

@@ -15,8 +15,10 @@ import numpy as np
 
 from palm_t5x import utils
 from palm_t5x.corpus import prepare
+from palm_t5x.corpus.packing import SupervisedEvalReader, SupervisedReader
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
 
 
@@ -57,7 +59,6 @@ class TrainDataset:
     position: Position | None = None,
   ):
     seed = seed if cfg.seed is None else cfg.seed
-    self.length = cfg.length
     self.stores = prepare.prepare(
       utils.get_mixture_or_task(cfg.mixture_or_task_name),
       cfg.split,
@@ -66,7 +67,8 @@ class TrainDataset:
       seed=seed,
       progress=PrepareProgress(),
     )
-    self.reader = MixtureReader(self.stores, cfg.length, seed)
+    self.reader = _train_reader(self.stores, cfg, seed)
+    self.length = self.reader.length
     position = position or Position()
     planned = BatchSchedule(cfg.batch_size).examples_read(position.step)
     # A run resumed with another batch size goes on at the example where it stopped.
@@ -80,7 +82,7 @@ class TrainDataset:
   def bytes_per_token(self) -> float:
     """UTF-8 bytes of text per token, averaged with the mixture's weights."""
     total = sum(weight for _, _, weight in self.stores)
-    return sum(w / total * s.num_bytes / s.num_tokens for _, s, w in self.stores)
+    return sum(w / total * s.num_bytes / _targets(s) for _, s, w in self.stores)
 
   def batch_size(self, step: int) -> int:
     """Sequences in the batch of `step`."""
@@ -114,4 +116,35 @@ def eval_readers(
   stores = prepare.prepare(
     provider, cfg.split, vocabulary, cache_dir, seed=seed, progress=PrepareProgress()
   )
-  return {name: EvalReader(store, cfg.length) for name, store, _ in stores}
+  return {name: _eval_reader(store, cfg) for name, store, _ in stores}
+
+
+def _targets(store: Any) -> int:
+  """How many tokens of a store are predicted."""
+  if not store.manifest.has_inputs:
+    return store.num_tokens
+  return store.num_tokens - int(store.inputs_lengths().sum())
+
+
+def _train_reader(stores: Any, cfg: utils.DatasetConfig, seed: int) -> MixtureReader:
+  """Rows of running text, or of packed examples where tasks have inputs.
+
+  Raises:
+    UserError: for a mixture of both.
+  """
+  kinds = {bool(store.manifest.has_inputs) for _, store, _ in stores}
+  if kinds == {True, False}:
+    named = {name: store.manifest.has_inputs for name, store, _ in stores}
+    raise UserError(
+      f'{cfg.name} mixes tasks with inputs and tasks of plain text ({named}): make two '
+      'mixtures, or give every task inputs (they may be empty).'
+    )
+  if kinds == {True}:
+    return SupervisedReader(stores, *cfg.inputs_and_targets, seed, cfg.pack)
+  return MixtureReader(stores, cfg.length, seed)
+
+
+def _eval_reader(store: Any, cfg: utils.DatasetConfig) -> EvalReader:
+  if store.manifest.has_inputs:
+    return SupervisedEvalReader(store, *cfg.inputs_and_targets, cfg.pack)
+  return EvalReader(store, cfg.length)

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from palm_t5x.errors import UserError
-
 NEG_INF = -1.0e7
 MIN_TEMPERATURE = 1e-4  # below it, greedy: 1/temperature would overflow
 
@@ -44,7 +42,8 @@ class SamplingLoopState:
 
   Attributes:
     step: scalar, steps done.
-    cur_index, sequences, cache, cur_token: as in DecodingState, sequences [rows, T + 1].
+    cur_index, cache, cur_token: as in DecodingState.
+    sequences: [rows, T + 1] tokens so far.
     ended: [rows] bool.
     rng: key of the next step.
     log_prob: [rows] log-probability of what was sampled.
@@ -192,7 +191,9 @@ def temperature_sample(
       state = state_callback_fn(state)
     next_rng, rng = jax.random.split(state.rng)
     logits, cache = tokens_to_logits(
-      DecodingState(state.cur_index, state.sequences[:, :-1], state.cur_token, state.cache)
+      DecodingState(
+        state.cur_index, state.sequences[:, :-1], state.cur_token, state.cache
+      )
     )
     if logit_callback_fn is not None:
       logits = logit_callback_fn(logits, state)
@@ -354,8 +355,13 @@ def beam_search(
     longest = brevity_penalty(alpha, jnp.maximum(last - prompt_last, 1))
     hope = live_logprobs[:, -1] / longest
     done = (index >= last) | (jnp.min(finished_scores, axis=1) > hope)
-    old = lambda new, was: jnp.where(per_row(state.done)[..., *(None,) * (new.ndim - 2)]
-                                     if new.ndim > 1 else state.done, was, new)
+    old = lambda new, was: jnp.where(
+      per_row(state.done)[..., *(None,) * (new.ndim - 2)]
+      if new.ndim > 1
+      else state.done,
+      was,
+      new,
+    )
     return BeamState(
       jnp.where(state.done | done, state.cur_index, index),
       old(live_logprobs, state.live_logprobs),

@@ -5,6 +5,7 @@ without any (plain text) get their loss and bits per byte, every token counted o
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,8 @@ def evaluate(
     dataset_cfg: what to evaluate on.
     restore_checkpoint_cfg: the checkpoint, or a run directory (its newest).
     partitioner: the mesh and its rules.
-    output_dir: results go to `<output_dir>/inference_eval`.
+    output_dir: results go to `<output_dir>/inference_eval` (T5X's place), or straight
+      here if this folder has that name.
     inference_evaluator_cls: makes a seqio.Evaluator.
     training_evaluator_cls: accepted for T5X: the loss of plain text needs no trainer.
     summarize_config_fn: writes config.gin.
@@ -56,6 +58,8 @@ def evaluate(
   partitioner.check_batch(dataset_cfg.batch_size, name='EVAL_BATCH_SIZE')
   utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   folders = _folders(restore_checkpoint_cfg)
+  if pathlib.PurePath(output_dir).name != 'inference_eval':
+    output_dir = os.path.join(output_dir, 'inference_eval')
   output_dir = run_dir.prepare(output_dir, 'EVAL_OUTPUT_DIR')
   results: dict[str, dict[str, float]] = {}
   for folder in folders:
@@ -135,7 +139,7 @@ def _task_metrics(
     partitioner,
     one.shardings,
     cls,
-    str(pathlib.Path(output_dir) / 'inference_eval'),
+    output_dir,
   )
   return evaluator.evaluate(one.params, one.step)
 

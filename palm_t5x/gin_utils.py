@@ -11,7 +11,8 @@ from typing import Any
 
 import gin
 
-from palm_t5x import gin_command_line, gin_files, gin_loader
+from palm_t5x import gin_command_line, gin_loader
+from palm_t5x import gin_files as _files  # T5X has an argument called gin_files.
 from palm_t5x.errors import Failure
 from palm_t5x.gin_command_line import rewrite_gin_args
 from palm_t5x.gin_files import did_you_mean
@@ -94,9 +95,6 @@ def parse_gin_flags(
   scan = _files.scan(gin_files, search)
   gin_command_line.check_names(bindings, scan)
   return gin_loader.load(gin_files, statements, bindings, search, scan.texts)
-
-
-_files = gin_files  # The T5X argument name above hides the module's.
 
 
 @gin.configurable

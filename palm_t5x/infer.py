@@ -203,14 +203,18 @@ def _readable(example: dict[str, np.ndarray], model: Any) -> dict[str, Any]:
   """An example's features as text where there is text."""
   readable = {}
   for name, value in example.items():
-    if name.endswith('_pretokenized') or value.dtype.kind in 'OSU':
-      raw = value.tolist()
-      readable[name] = raw.decode() if isinstance(raw, bytes) else str(raw)
+    if name.endswith('_pretokenized') or not hasattr(value, 'dtype'):
+      readable[name] = _text(value)
     elif f'{name}_pretokenized' not in example and name in ('inputs', 'targets'):
       readable[f'{name}_pretokenized'] = generation.decode_until_eos(
         model.output_vocabulary, value
       )
   return readable
+
+
+def _text(value: Any) -> str:
+  value = value.tolist() if hasattr(value, 'tolist') else value
+  return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
 
 
 def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

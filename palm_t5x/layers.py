@@ -4,7 +4,7 @@ Everything here is a function of arrays; parameters live in `network`. Letters i
 and einsums, the same in the whole package:
 
   B batch   T query time   S key time   D model   H heads   K head size   L layers
-  G key/value heads (1 = multi-query)   R = H/G   F feed-forward   V vocabulary   N = B*T
+  G key/value heads (1 = multi-query)   R = H/G   F feed-forward   V vocabulary
 
 Activations carry logical axis names ('batch', 'length', 'embed', 'heads', 'kv', 'mlp',
 'vocab'); which mesh axis each one maps to is the partitioner's table, not ours.
@@ -27,7 +27,7 @@ NORM_EPSILON = 1e-6
 
 
 def constrain(x, names):
-  """Pins `x` to the mesh axes that the active rules give `names`; without rules, `x`."""
+  """Pins `x` to the mesh axes that the active rules give `names`; no rules: x."""
   return nn.with_logical_constraint(x, names)
 
 
@@ -53,7 +53,7 @@ def _contract(x, w, dims, out):
 def project(x, w, mode, contract=1):
   """Contracts the last `contract` axes of x with the first of w.
 
-  mode 'bfloat16': operands and result bf16 (the accelerator's way). 'float32': all fp32.
+  mode 'bfloat16': operands and result bf16, as accelerators like it. 'float32': fp32.
   'fast': operands rounded to bf16, result fp32, forward and backward (XLA:CPU).
   """
   lead, tail = x.shape[: x.ndim - contract], w.shape[contract:]
@@ -89,6 +89,13 @@ def project_joined(parts, w_HFD, mode):
   )
 
 
+def fp32_logits(x, embedding_VD, mode):
+  """x @ embedding.T as fp32, in every mode; operands are rounded as the mode says."""
+  operands = jnp.float32 if mode == 'float32' else jnp.bfloat16
+  dims = ((x.ndim - 1,), (1,))
+  return _contract(x.astype(operands), embedding_VD.astype(operands), dims, jnp.float32)
+
+
 def rotary_tables(positions_BT, head_dim, base=10_000.0):
   """(sin, cos) of shape [B, T, 1, head_dim/2], fp32, exact at any integer position.
 
@@ -100,12 +107,24 @@ def rotary_tables(positions_BT, head_dim, base=10_000.0):
   return jnp.sin(angles)[:, :, None, :], jnp.cos(angles)[:, :, None, :]
 
 
+@jax.custom_vjp
 def rotate(x_BTHK, tables):
-  """Rotary embedding over all K dimensions, dim j paired with j + K/2 (half split)."""
-  sin, cos = tables
-  x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-  y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-  return y.astype(x_BTHK.dtype)
+  """Rotary embedding over all K dimensions, dim j paired with j + K/2 (half split).
+
+  Its gradient is the rotation by the opposite angle. The pair is an axis of its own,
+  for a concatenation would keep XLA:CPU from vectorising the loop.
+  """
+  sin, cos = (t[..., None, :] for t in tables)
+  pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], 2, -1)
+  first = pairs[..., :1, :] * jnp.concatenate([cos, sin], axis=-2)
+  second = pairs[..., 1:, :] * jnp.concatenate([-sin, cos], axis=-2)
+  return (first + second).astype(x_BTHK.dtype).reshape(x_BTHK.shape)
+
+
+rotate.defvjp(
+  lambda x, tables: (rotate(x, tables), tables),
+  lambda tables, g: (rotate(g, (-tables[0], tables[1])), None),
+)
 
 
 def training_mask(length, segment_ids_BT=None, prefix_BT=None):
@@ -126,7 +145,7 @@ def training_mask(length, segment_ids_BT=None, prefix_BT=None):
 
 
 def _einsum(spec, a, b):
-  """fp32 accumulation; XLA:CPU cannot run batched bf16 dots, so it gets fp32 operands."""
+  """fp32 result; XLA:CPU cannot run batched bf16 dots and gets fp32 operands."""
   run = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
   if a.dtype == jnp.float32:
     return run(a, b)
@@ -170,24 +189,25 @@ ACTIVATIONS = {
 }
 
 
+@jax.custom_vjp
+def _swiglu(a, b):
+  return jax.nn.silu(a) * b
+
+
+def _swiglu_bwd(saved, g):
+  a, b = saved
+  # By tanh, so that XLA does not keep the forward pass's sigmoid in memory for this.
+  sigmoid = 0.5 * jnp.tanh(0.5 * a) + 0.5
+  swish = a * sigmoid
+  return g * b * (sigmoid + swish * (1.0 - sigmoid)), g * swish
+
+
+_swiglu.defvjp(lambda a, b: (_swiglu(a, b), (a, b)), _swiglu_bwd)
+
+
 def gate(branches, activations):
   """Product of act_i(branch_i): ('swish', 'linear') is SwiGLU, swish(xW) * xV."""
+  if activations in (('swish', 'linear'), ('silu', 'linear')):
+    return checkpoint_name(_swiglu(*branches), 'gated')
   parts = [ACTIVATIONS[a](b) for a, b in zip(activations, branches, strict=True)]
   return checkpoint_name(functools.reduce(jnp.multiply, parts), 'gated')
-
-
-def fan_in_normal(*pieces):
-  """Initialiser N(0, 1/sqrt(fan_in)); pieces (size, fan_in) split axis -2's rows.
-
-  One piece (None, fan_in) covers the whole kernel. PaLM §5, read as a standard
-  deviation so that it is the fan-in variance scaling the paper names.
-  """
-
-  def init(rng, shape, dtype=jnp.float32):
-    stds = [
-      jnp.full((size or shape[-2],), 1.0 / math.sqrt(fan_in)) for size, fan_in in pieces
-    ]
-    rows = jnp.concatenate(stds).astype(dtype)[:, None]
-    return jax.random.normal(rng, shape, dtype) * rows
-
-  return init

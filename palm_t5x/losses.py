@@ -159,7 +159,7 @@ def _chunk_shape(B, T, V, chunk_length):
 
 def _run(hidden_BTD, embedding_VD, targets_BT, weights_BT, options, with_grad):
   """(loss sum, per-token numbers [B, T], d_hidden [B, T, D], d_embedding [V, D])."""
-  B, T, D = hidden_BTD.shape
+  B, T, _ = hidden_BTD.shape
   n, c = _chunk_shape(B, T, embedding_VD.shape[0], options.chunk_length)
 
   def cut(x):  # [B, T, ...] -> [n, B*c, ...], zero weights where T was padded

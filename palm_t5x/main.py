@@ -8,6 +8,7 @@ checked; only then is anything built.
 
 import atexit
 import errno
+import logging
 import os
 import sys
 import threading
@@ -120,8 +121,7 @@ def configure(options: command_line.Options) -> tuple[Any, Any]:
 
   quiet_imports.install()
   environment.prepare(_nproc(scan), scan.value('CACHE_DIR'), options.jax)
-  if options.values.get('verbosity') is not None:
-    _set_verbosity(options.values['verbosity'])
+  _configure_logging(options.values.get('verbosity'))
   return _load(options, files, statements, bindings, search, scan)
 
 
@@ -151,12 +151,14 @@ def _load(options, files, statements, bindings, search, scan) -> tuple[Any, Any]
 
 def _scan_statements(statements: list[str], scan: Any, search: Any) -> None:
   """Adds what `--gin_bindings='include ...'` brings in to the names known."""
+  from gin import config_parser
+
   from palm_t5x import gin_files
 
   for statement in gin_files.parse(
     '\n'.join(statements) + '\n', '--gin_bindings', gin_files.NamesOnly()
   ):
-    if hasattr(statement, 'filename'):
+    if isinstance(statement, config_parser.IncludeStatement):
       more = gin_files.scan([statement.filename], search)
       scan.texts.update(more.texts)
       scan.macros.update(more.macros)
@@ -176,12 +178,33 @@ def _nproc(scan: Any) -> int | None:
   return value
 
 
-def _set_verbosity(level: int) -> None:
-  """Lets libraries log more."""
-  from absl import logging
+def _configure_logging(verbosity: int | None) -> None:
+  """Our own messages as single lines; libraries' only where they are errors.
 
-  logging.set_verbosity(level)
-  logging.use_absl_handler()
+  Args:
+    verbosity: absl's level (flag -v); with it libraries say more too.
+  """
+  ours = logging.getLogger('palm_t5x')
+  if not any(isinstance(handler, _LineHandler) for handler in ours.handlers):
+    ours.addHandler(_LineHandler())
+  ours.setLevel(logging.INFO)
+  ours.propagate = False  # a library may have given the root logger a handler
+  if verbosity is None:
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    return
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity(verbosity)
+  absl_logging.use_absl_handler()
+
+
+class _LineHandler(logging.Handler):
+  """`t5x: warning: ...` for a warning, `t5x: ...` for information."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    level = record.levelname.lower()
+    prefix = '' if record.levelno <= logging.INFO else f'{level}: '
+    _say(prefix + _one_line(record.getMessage()))
 
 
 def _apply_flags(options: command_line.Options) -> None:

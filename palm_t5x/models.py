@@ -210,7 +210,9 @@ class DecoderOnlyModel(BaseTransformerModel):
     """(weighted sum of token losses, metrics); divide by `loss_normalizer(metrics)`."""
     weights_BT = self._weights(batch)
     used = jnp.mean(weights_BT > 0, dtype=jnp.float32) * weights_BT.size
-    if self._loss_normalizing_factor == SpecialLossNormalizingFactor.AVERAGE_PER_SEQUENCE:
+    if (
+      self._loss_normalizing_factor == SpecialLossNormalizingFactor.AVERAGE_PER_SEQUENCE
+    ):
       weights_BT = losses.per_sequence_weights(
         weights_BT, batch.get('decoder_segment_ids')
       )
@@ -227,7 +229,7 @@ class DecoderOnlyModel(BaseTransformerModel):
     return loss, metrics
 
   def loss_normalizer(self, metrics):
-    """fp32 scalar: T5X's loss normalizing factor, from metrics summed over the batch."""
+    """fp32 scalar: T5X's loss normalizing factor, from metrics of the whole batch."""
     factor = self._loss_normalizing_factor
     if factor is None or isinstance(factor, float):
       return jnp.float32(factor or 1.0)

@@ -1,17 +1,8 @@
 """PaLM's decoder: configuration, the block, the stack, and the explicit decode cache.
 
-Parameters, as on disk (scanned: one tree with a leading L; unscanned: `layers_<i>`):
-
-  embedding [V, D]   lm_head [D, V] if untied
-  layers/layer_norm/scale [D]
-  parallel  q_wi_fused [D, H, K + 2F/H]  kv_fused [D, G, 2K]  o_wo_fused [H, K + F/H, D]
-  serial    q_fused [D, H, K]  kv_fused  o [H, K, D]
-            mlp_norm/scale [D]  wi_fused [D, 2, F]  wo [F, D]
-
-It is the layout of Google's PaLM checkpoints. The shape letters are those of `layers`.
+The layout of the parameters is in `parameters`, the shape letters are in `layers`.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -21,167 +12,21 @@ from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from palm_t5x import layers
-from palm_t5x.errors import UserError
+from palm_t5x import layers, parameters
+from palm_t5x.network_config import REMAT_POLICIES, TransformerConfig
+from palm_t5x.parameters import param_logical_axes
 
-_NAMED = jax.checkpoint_policies.save_only_these_names
-REMAT_POLICIES = {  # least memory first; what is not saved is computed again
-  'full': None,
-  'save_attention': _NAMED('attention'),
-  'save_qkv': _NAMED('attention', 'q', 'kv'),
-  'save_gated': _NAMED('attention', 'q', 'kv', 'gated'),
-  'save_wi': _NAMED('attention', 'q', 'kv', 'wi'),
-  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-  'dots': jax.checkpoint_policies.checkpoint_dots,
-  'none': None,
-}
-
-
-def _check(ok, message):
-  if not ok:
-    raise UserError(f'TransformerConfig: {message}')
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """Size and kind of a decoder; T5X's field names first, then PaLM's choices.
-
-  Raises UserError, with the value and the fix, for a combination that cannot be built.
-  """
-
-  vocab_size: int
-  dtype: Any = 'auto'  # 'auto' | 'float32' | 'bfloat16' | 'fast' (CPU), or a jnp dtype
-  emb_dim: int = 512
-  num_heads: int = 8
-  num_layers: int = 6
-  head_dim: int = 64
-  mlp_dim: int = 2048
-  mlp_activations: tuple[str, ...] = ('swish', 'linear')
-  dropout_rate: float = 0.0
-  logits_via_embedding: bool = True
-  num_real_tokens: int | None = None  # rows from here on are padding; None: no padding
-  num_kv_heads: int = 1  # 1 multi-query, num_heads multi-head, between grouped
-  parallel_block: bool = True
-  norm: str = 'rms'  # or 'layer_norm', mean-centred
-  final_norm_scale: bool = False
-  scan_layers: bool = True
-  remat_policy: str = 'none'
-  fused_fan_in: bool = False  # one fan-in for o_wo_fused, not one for each slice
-  attention_kernel: str = 'auto'  # 'xla', 'blocked' (CPU), 'cudnn' (GPU)
-  segment_masking: bool = True  # packed segments, where given, see only themselves
-
-  def __post_init__(self):
-    if not isinstance(self.dtype, str):
-      object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    for name in 'vocab_size emb_dim num_heads num_layers head_dim mlp_dim'.split():
-      value = getattr(self, name)
-      _check(isinstance(value, int) and value > 0, f'{name}={value!r}: give a count > 0')
-    choices = {
-      'dtype': ('auto', 'float32', 'bfloat16', 'fast'),
-      'norm': ('rms', 'layer_norm'),
-      'remat_policy': tuple(REMAT_POLICIES),
-      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn'),
-    }
-    for name, allowed in choices.items():
-      value = getattr(self, name)
-      _check(value in allowed, f'{name}={value!r}: choose one of {", ".join(allowed)}')
-    unknown = [a for a in self.mlp_activations if a not in layers.ACTIVATIONS]
-    _check(
-      self.mlp_activations and not unknown,
-      f'mlp_activations={self.mlp_activations}: use {", ".join(layers.ACTIVATIONS)}',
-    )
-    _check(self.head_dim % 2 == 0, f'head_dim={self.head_dim}: rotary needs it even')
-    _check(
-      self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
-      f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}',
-    )
-    _check(
-      not self.parallel_block or self.mlp_dim % self.num_heads == 0,
-      f'the parallel block splits mlp_dim={self.mlp_dim} over num_heads='
-      f'{self.num_heads}: make it a multiple',
-    )
-    _check(
-      0.0 <= self.dropout_rate < 1.0,
-      f'dropout_rate={self.dropout_rate}: give a probability in [0, 1)',
-    )
-    _check(
-      1 < self.real_tokens <= self.vocab_size,
-      f'num_real_tokens={self.num_real_tokens} must be between 2 and '
-      f'vocab_size={self.vocab_size}',
-    )
-
-  @property
-  def real_tokens(self):
-    """Rows of the embedding that stand for tokens; the rest pad it for sharding."""
-    return self.vocab_size if self.num_real_tokens is None else self.num_real_tokens
-
-  @property
-  def mode(self):
-    """'float32', 'bfloat16' or 'fast'; 'auto' asks JAX which backend it runs on."""
-    if self.dtype != 'auto':
-      return self.dtype
-    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-
-  @property
-  def kernel(self):
-    """The attention kernel that 'auto' stands for."""
-    if self.attention_kernel != 'auto':
-      return self.attention_kernel
-    return 'xla' if self.mode == 'bfloat16' else 'blocked'
-
-  @property
-  def activation_dtype(self):
-    """Dtype of the residual stream: bf16 in mode 'bfloat16', else fp32."""
-    return jnp.bfloat16 if self.mode == 'bfloat16' else jnp.float32
-
-
-def _block_table(cfg):
-  """{name: (shape, logical axes, initialiser)} of one block's kernels."""
-  D, H, G, K, F = (
-    cfg.emb_dim,
-    cfg.num_heads,
-    cfg.num_kv_heads,
-    cfg.head_dim,
-    cfg.mlp_dim,
-  )
-  n, f = len(cfg.mlp_activations), F // H
-  from_d = layers.fan_in_normal((None, D))
-  kv = {'kv_fused': ((D, G, 2 * K), ('embed', 'kv_heads', 'kv'), from_d)}
-  if cfg.parallel_block:
-    out = layers.fan_in_normal((K, H * K), (f, F))
-    if cfg.fused_fan_in:
-      out = layers.fan_in_normal((None, H * K + F))
-    return kv | {
-      'q_wi_fused': ((D, H, K + n * f), ('embed', 'heads', 'fused'), from_d),
-      'o_wo_fused': ((H, K + f, D), ('heads', 'fused', 'embed'), out),
-    }
-  from_heads, from_f = (layers.fan_in_normal((None, size)) for size in (H * K, F))
-  return kv | {
-    'q_fused': ((D, H, K), ('embed', 'heads', 'kv'), from_d),
-    'o': ((H, K, D), ('heads', 'kv', 'embed'), from_heads),
-    'wi_fused': ((D, n, F), ('embed', 'fused', 'mlp'), from_d),
-    'wo': ((F, D), ('mlp', 'embed'), from_f),
-  }
-
-
-def param_logical_axes(config):
-  """Tree of axis-name tuples with the structure of the parameters of `config`."""
-  block = {name: axes for name, (_, axes, _) in _block_table(config).items()}
-  norms = ('layer_norm',) if config.parallel_block else ('layer_norm', 'mlp_norm')
-  block |= {name: {'scale': ('embed',)} for name in norms}
-  is_axes = lambda x: isinstance(x, tuple)
-  if config.scan_layers:
-    stack = jax.tree.map(lambda axes: ('layers', *axes), block, is_leaf=is_axes)
-    tree = {'layers': stack}
-  else:
-    tree = {f'layers_{i}': block for i in range(config.num_layers)}
-  tree['embedding'] = ('vocab', 'embed')
-  if not config.logits_via_embedding:
-    tree['lm_head'] = ('embed', 'vocab')
-  if config.final_norm_scale:
-    tree['final_norm'] = {'scale': ('embed',)}
-  return tree
+__all__ = [
+  'Block',
+  'Context',
+  'Decoder',
+  'DecoderWrapper',
+  'Norm',
+  'TransformerConfig',
+  'init_cache',
+  'output_embedding',
+  'param_logical_axes',
+]
 
 
 def output_embedding(params, config):
@@ -231,7 +76,7 @@ class Block(nn.Module):
     cfg = self.config
     p = {
       name: self.param(name, init, shape)
-      for name, (shape, _, init) in _block_table(cfg).items()
+      for name, (shape, _, init) in parameters.block_table(cfg).items()
     }
     drop = nn.Dropout(
       cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not context.dropout
@@ -293,7 +138,7 @@ class Decoder(nn.Module):
       'embedding', nn.initializers.normal(1.0), (cfg.vocab_size, cfg.emb_dim)
     )
     if not cfg.logits_via_embedding:
-      init = layers.fan_in_normal((None, cfg.emb_dim))
+      init = parameters.fan_in_normal((None, cfg.emb_dim))
       self.lm_head = self.param('lm_head', init, (cfg.emb_dim, cfg.vocab_size))
     self.final_norm = Norm(cfg.norm, cfg.final_norm_scale)
     self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -308,6 +153,7 @@ class Decoder(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast),
         length=cfg.num_layers,
+        unroll=cfg.unroll,
       )(cfg)
     else:
       self.layers = [block(cfg) for _ in range(cfg.num_layers)]
@@ -408,7 +254,7 @@ class Decoder(nn.Module):
     if not cfg.logits_via_embedding:
       params['lm_head'] = self.lm_head
     embedding_VD, scale = output_embedding(params, cfg)
-    logits = layers.project(x, embedding_VD.T, cfg.mode).astype(jnp.float32) * scale
+    logits = layers.fp32_logits(x, embedding_VD, cfg.mode) * scale
     if cfg.real_tokens < cfg.vocab_size:
       logits = jnp.where(
         jnp.arange(cfg.vocab_size) < cfg.real_tokens, logits, layers.NEG_INF

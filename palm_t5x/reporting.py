@@ -24,9 +24,9 @@ class Reporter:
     total_steps: the step at which the run ends.
     start: the step it starts from.
     bytes_per_token: of the training text, for bits per byte.
-    flops_per_token: model FLOPs, for MFU.
-    mesh: its devices' peak is what MFU divides by.
-    cpu_operand_dtype: what the CPU's matmul peak is measured with.
+    model: whose FLOPs MFU counts, if it says how many they are.
+    length: tokens per row.
+    partitioner: its devices' peak is what MFU divides by.
   """
 
   def __init__(
@@ -35,16 +35,19 @@ class Reporter:
     total_steps: int,
     start: int,
     bytes_per_token: float,
-    flops_per_token: float | None,
-    mesh: Any,
-    cpu_operand_dtype: str = 'float32',
+    model: Any,
+    length: int,
+    partitioner: Any,
   ):
     self._model_dir, self._total, self._start = model_dir, total_steps, start
     self._bytes_per_token = bytes_per_token
-    self._flops_per_token = flops_per_token
-    self._peak = metrics.peak_flops(
-      list(np.ravel(mesh.devices)), cpu_operand_dtype=cpu_operand_dtype
-    )
+    self._flops_per_token = self._peak = None
+    if hasattr(model, 'flops_per_token'):
+      self._flops_per_token = model.flops_per_token(length)
+      self._peak = metrics.peak_flops(
+        list(np.ravel(partitioner.mesh.devices)),
+        cpu_operand_dtype='bfloat16' if model.config.mode == 'fast' else 'float32',
+      )
     self._line = ProgressLine(total_steps)
     self._writers = {'train': MetricsWriter(model_dir, 'train', first_step=start + 1)}
     self._began = self._mark = time.monotonic()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import pathlib
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax
 from palm_t5x import checkpoints, provenance, utils
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
+
+VOCABULARY_COPY = 'vocabulary.model'  # in MODEL_DIR, so that a run needs no cache
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,9 @@ def restore_params(
   folder = folder or checkpoints.find(path)
   vocabulary = model.output_vocabulary
   vocabulary_lib.use(vocabulary)
+  copy = pathlib.Path(folder).parent / VOCABULARY_COPY
+  if hasattr(vocabulary, 'read_from') and not vocabulary.exists() and copy.exists():
+    vocabulary.read_from(copy)
   utils.verify_vocabulary_size(model)
   metadata = checkpoints.read_metadata(folder)
   provenance.check_vocabulary(metadata, vocabulary, folder)

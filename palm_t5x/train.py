@@ -5,6 +5,7 @@ What happens between steps lives in `hooks`, what a step is in `trainer`.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
 from palm_t5x.reporting import Reporter
+from palm_t5x.restored import VOCABULARY_COPY
 from palm_t5x.train_state import TrainState, TrainStateInitializer
 from palm_t5x.training_run import TrainingRun
 
@@ -96,37 +98,33 @@ def train(
   del gc_period
   if use_hardware_rng:
     jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
-  seed, vocabulary = random_seed or 0, model.output_vocabulary
-  sizes = train_dataset_cfg.batch_sizes
-  for size in sizes:
-    partitioner.check_batch(size)
-  utils.get_mixture_or_task(train_dataset_cfg.mixture_or_task_name)
-  model_dir = run_dir.prepare(model_dir)
-  vocabulary_lib.use(vocabulary)
-  prepare.learn_vocabulary(vocabulary, cache_dir, progress=PrepareProgress())
-  utils.verify_vocabulary_size(model)
-  utils.verify_matching_vocabs(train_dataset_cfg, model)
-
-  shapes = {'decoder_input_tokens': (sizes[0], train_dataset_cfg.length)}
-  initializer = TrainStateInitializer(model, partitioner, shapes)
+  seed = random_seed or 0
+  model_dir = prepare_run(model, train_dataset_cfg, partitioner, model_dir, cache_dir)
+  initializer = TrainStateInitializer(
+    model,
+    partitioner,
+    {
+      'decoder_input_tokens': (
+        train_dataset_cfg.batch_sizes[0],
+        train_dataset_cfg.length,
+      )
+    },
+  )
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
   checkpointer = checkpoints.Checkpointer(model_dir, save_cfg.keep, save_cfg.dtype)
   metadata = provenance.describe(model, partitioner, seed)
   state, position = initial_state(
-    initializer, checkpointer, checkpoint_cfg.restore, vocabulary, metadata
+    initializer, checkpointer, checkpoint_cfg.restore, model.output_vocabulary, metadata
   )
   start = int(state.step)
-  total_steps = start + relative_steps if relative_steps else total_steps
-  if start > total_steps:
-    raise UserError(
-      f'TRAIN_STEPS={total_steps}, but the checkpoint in {model_dir} has {start} steps '
-      'already: raise TRAIN_STEPS, or name another MODEL_DIR.'
-    )
+  total_steps = last_step(start, total_steps, relative_steps, model_dir)
   summarize_config_fn(model_dir, None, start)
   run_dir.write_model_info(
     model_dir, state.params, initializer.axes.params, partitioner
   )
-  data = datasets.TrainDataset(train_dataset_cfg, vocabulary, cache_dir, seed, position)
+  data = datasets.TrainDataset(
+    train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position
+  )
   trainer = trainer_cls(
     model=model,
     train_state=state,
@@ -136,16 +134,10 @@ def train(
     train_state_axes=initializer.axes,
     rng=jax.random.key(seed),
   )
-  for size in sizes:
+  for size in train_dataset_cfg.batch_sizes:
     partitioner.check_batch(size, trainer.num_microbatches)
   reporter = Reporter(
-    model_dir,
-    total_steps,
-    start,
-    data.bytes_per_token,
-    model.flops_per_token(train_dataset_cfg.length),
-    partitioner.mesh,
-    'bfloat16' if model.config.mode == 'fast' else 'float32',
+    model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )
   with reporter, checkpointer:
     if reporter.already_finished():
@@ -163,6 +155,54 @@ def train(
     stats_period = stats_period or max(1, total_steps // 100)
     stopped = train_loop(run, start, total_steps, save_cfg, eval_period, stats_period)
     return run.finish(stopped, sample_prompts, sampling)
+
+
+def prepare_run(
+  model: Any,
+  cfg: utils.DatasetConfig,
+  partitioner: Any,
+  model_dir: str,
+  cache_dir: str,
+) -> str:
+  """Checks what can be checked before any device work; learns a missing vocabulary.
+
+  Returns:
+    The absolute path of the run directory, which exists and can be written.
+
+  Raises:
+    UserError: for a batch that the mesh does not divide, an unknown task, an
+      unwritable directory, vocabularies or sizes that do not match.
+  """
+  for size in cfg.batch_sizes:
+    partitioner.check_batch(size)
+  utils.get_mixture_or_task(cfg.mixture_or_task_name)
+  model_dir = run_dir.prepare(model_dir)
+  vocabulary_lib.use(model.output_vocabulary)
+  prepare.learn_vocabulary(
+    model.output_vocabulary, cache_dir, progress=PrepareProgress()
+  )
+  utils.verify_vocabulary_size(model)
+  utils.verify_matching_vocabs(cfg, model)
+  if jax.process_index() == 0 and hasattr(model.output_vocabulary, 'save_copy'):
+    model.output_vocabulary.save_copy(os.path.join(model_dir, VOCABULARY_COPY))
+  return model_dir
+
+
+def last_step(
+  start: int, total_steps: int, relative_steps: int | None, model_dir: str
+) -> int:
+  """The step to end at.
+
+  Raises:
+    UserError: if the run is past it already.
+  """
+  total_steps = start + relative_steps if relative_steps else total_steps
+  if start > total_steps:
+    raise UserError(
+      f'TRAIN_STEPS={total_steps}, but the checkpoint in {model_dir} has {start} steps '
+      'already: raise TRAIN_STEPS, or name another MODEL_DIR.'
+    )
+  return total_steps
 
 
 def train_loop(

@@ -7,6 +7,7 @@ dropped at the Gin boundary (palm_t5x.gin_utils), not here.
 """
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,8 @@ class DatasetConfig:
   trim_output_features: bool = True
 
   def __post_init__(self):
+    if self.module:
+      importlib.import_module(self.module)
     for size in self.batch_sizes:
       if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(
@@ -86,6 +89,21 @@ class DatasetConfig:
         '{"inputs": 512, "targets": 2048}.'
       )
     return int(lengths['targets'])
+
+  @property
+  def inputs_and_targets(self) -> tuple[int, int]:
+    """Tokens kept of an example's inputs and of its targets; a row holds both.
+
+    Raises:
+      UserError: if the lengths do not say.
+    """
+    targets, lengths = self.length, self.task_feature_lengths or {}
+    if 'inputs' not in lengths:
+      raise UserError(
+        f'{self.name} has inputs, but TASK_FEATURE_LENGTHS={dict(lengths)} does not say '
+        'how long they are: bind for example {"inputs": 512, "targets": 128}.'
+      )
+    return int(lengths['inputs']), targets
 
 
 @dataclasses.dataclass

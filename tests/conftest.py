@@ -4,7 +4,6 @@ Eight simulated devices let meshes be tested; NPROC pins the CPU's reduction ord
 that numbers agree between machines. Compiled programs are kept between runs.
 """
 
-import getpass
 import os
 import pathlib
 import tempfile
@@ -15,8 +14,6 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 _FLAGS = os.environ.get('XLA_FLAGS', '')
 if 'xla_force_host_platform_device_count' not in _FLAGS:
   os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_force_host_platform_device_count=8'.strip()
-_CACHE = pathlib.Path(
-  tempfile.gettempdir(), f'palm_t5x_tests_{getpass.getuser()}', 'xla'
-)
+_CACHE = pathlib.Path(tempfile.gettempdir(), f'palm_t5x_tests_{os.getuid()}', 'xla')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')

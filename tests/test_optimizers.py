@@ -1,5 +1,6 @@
 """Optimizers by name against optax itself, the wrappers, and the Gin surface."""
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
 
-import gin
 from palm_t5x import adafactor, optimizers
 from palm_t5x.errors import UserError
 

@@ -34,13 +34,16 @@ class MixtureReader:
     self.names = [name for name, _, _ in stores]
     self._stores = [store for _, store, _ in stores]
     self.schedule = sampling.MixtureSchedule([weight for _, _, weight in stores])
-    self._rows = [store.num_rows(self.length) for store in self._stores]
+    self._rows = [self._count_rows(number) for number in range(len(stores))]
     for name, store, rows in zip(self.names, self._stores, self._rows, strict=True):
       if not rows:
         raise errors.UserError(
           f"Task '{name}' has {store.num_tokens} tokens, fewer than one row of "
           f'{self.length} + 1: use shorter TASK_FEATURE_LENGTHS or more text.'
         )
+
+  def _count_rows(self, number: int) -> int:
+    return self._stores[number].num_rows(self.length)
 
   @property
   def rows_available(self) -> dict[str, int]:
@@ -60,10 +63,9 @@ class MixtureReader:
   def locate(self, indices) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each store, (positions within `indices`, rows of the store) they read."""
     task, rank = self.schedule.lookup(indices)
+    places = [np.flatnonzero(task == number) for number in range(len(self._stores))]
     return [
-      (where, self._row(number, rank[where]))
-      for number in range(len(self._stores))
-      if (where := np.flatnonzero(task == number)) is not None
+      (where, self._row(number, rank[where])) for number, where in enumerate(places)
     ]
 
   def _row(self, number: int, rank: np.ndarray) -> np.ndarray:

@@ -35,8 +35,9 @@ class SentencePieceVocabulary(seqio.Vocabulary):
 
   Args:
     path: the model file, local or gs://. A relative path lies in `cache_dir` where that
-      is given. `{learn_from}` and `{vocab_size}` in it are replaced by those arguments
-      (and, for a task that names the user's own files, a hash of their names).
+      is given. `{learn_from}`, `{vocab_size}` and `{model_type}` in it are replaced by
+      those arguments (and, for a task that reads the user's own files, a hash of their
+      names).
     vocab_size: how many ids there are; None reads it from the file. With it, the
       file is not needed to know the model's shape.
     learn_from: the mixture or task to learn the vocabulary from if there is no file
@@ -73,11 +74,18 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     path = self._raw_path
     if '{' in path:
       path = path.format(
-        learn_from=_learning_key(self.learn_from), vocab_size=self._size
+        learn_from=_learning_key(self.learn_from),
+        vocab_size=self._size,
+        model_type=self.model_type,
       )
     if self.cache_dir and not storage.is_remote(path):
       path = storage.join(storage.normalise(self.cache_dir), os.path.expanduser(path))
     return storage.normalise(path)
+
+  def read_from(self, path: str) -> None:
+    """Names another file, such as the copy in a run's own folder."""
+    self._raw_path, self.cache_dir = os.fspath(path), None
+    self._codec = self._hash = None
 
   @property
   def has_size(self) -> bool:
@@ -311,6 +319,37 @@ class RunVocabulary(seqio.Vocabulary):
     return f'RunVocabulary({_in_use})'
 
 
+def _trainer_options(vocab_size, model_type, character_coverage, num_threads) -> dict:
+  """SentencePiece's options that make a vocabulary what the paper says it is."""
+  return {
+    'vocab_size': vocab_size,
+    'model_type': model_type,
+    'character_coverage': character_coverage,
+    'byte_fallback': True,
+    'split_digits': True,
+    'normalization_rule_name': 'identity',
+    'remove_extra_whitespaces': False,
+    'add_dummy_prefix': False,
+    'allow_whitespace_only_pieces': True,
+    'pad_id': PAD_ID,
+    'eos_id': EOD_ID,
+    'unk_id': UNK_ID,
+    'bos_id': -1,
+    # A control piece: the text "[eod]" is ordinary text, never this id.
+    'eos_piece': '[eod]',
+    'user_defined_symbols': ['\n'],
+    # However rare spaces are: as bytes they would come back as a literal U+2581.
+    'required_chars': codec_lib.SPACE_MARK,
+    'num_threads': num_threads,
+    'max_sentence_length': 1 << 20,
+    # Candidates to prune from. The default of a million doubles the time and, for small
+    # vocabularies, changes nothing that can be measured.
+    'seed_sentencepiece_size': max(100_000, 4 * vocab_size),
+    'train_extremely_large_corpus': vocab_size > 100_000,
+    'hard_vocab_limit': False,
+  }
+
+
 def train(
   texts,
   path: str,
@@ -339,33 +378,7 @@ def train(
   Raises:
     UserError: too little text for so many pieces.
   """
-  options = {
-    'vocab_size': vocab_size,
-    'model_type': model_type,
-    'character_coverage': character_coverage,
-    'byte_fallback': True,
-    'split_digits': True,
-    'normalization_rule_name': 'identity',
-    'remove_extra_whitespaces': False,
-    'add_dummy_prefix': False,
-    'allow_whitespace_only_pieces': True,
-    'pad_id': PAD_ID,
-    'eos_id': EOD_ID,
-    'unk_id': UNK_ID,
-    'bos_id': -1,
-    # A control piece: the text "[eod]" is ordinary text, never this id.
-    'eos_piece': '[eod]',
-    'user_defined_symbols': ['\n'],
-    # However rare spaces are: as bytes they would come back as a literal U+2581.
-    'required_chars': codec_lib.SPACE_MARK,
-    'num_threads': num_threads,
-    'max_sentence_length': 1 << 20,
-    # Candidates to prune from. The default of a million doubles the time and, for small
-    # vocabularies, changes nothing that can be measured.
-    'seed_sentencepiece_size': max(100_000, 4 * vocab_size),
-    'train_extremely_large_corpus': vocab_size > 100_000,
-    'hard_vocab_limit': False,
-  }
+  options = _trainer_options(vocab_size, model_type, character_coverage, num_threads)
   if vocab_size <= NUM_RESERVED:
     raise errors.UserError(
       f'vocab_size = {vocab_size} leaves no room beside the {NUM_RESERVED} reserved '

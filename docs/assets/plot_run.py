@@ -1,0 +1,116 @@
+"""Draws a run: bits per byte against training tokens, training and held-out text.
+
+    python docs/assets/plot_run.py MODEL_DIR OUT.svg
+
+Reads MODEL_DIR/metrics.jsonl and nothing else. The picture in README.md is the output
+for the run of `make train`; the same file gives the same bytes.
+"""
+
+import argparse
+import itertools
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+from palm_t5x import metric_writers
+
+TRAINING, OVERALL, PART = '#9bb4cc', '#1f4e79', '#c8732d'
+STYLE = {
+  'font.family': 'sans-serif',
+  'font.size': 10,
+  'svg.hashsalt': 'palm_t5x',  # element names that do not change from run to run
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.edgecolor': '#999999',
+  'axes.grid': True,
+  'grid.color': '#eeeeee',
+}
+
+
+def training_curve(model_dir: str) -> tuple[list[float], list[float]]:
+  """(millions of tokens read, bits per byte) of each progress line."""
+  rows = metric_writers.read_metrics(model_dir, 'train')
+  if not rows:
+    raise SystemExit(f'{model_dir} holds no metrics.jsonl with training rows.')
+  tokens = itertools.accumulate(row['tokens'] / 1e6 for row in rows)
+  return list(tokens), [row['bits_per_byte'] for row in rows]
+
+
+def held_out_curves(model_dir: str) -> dict[str, tuple[list[int], list[float]]]:
+  """Task or mixture -> (steps, bits per byte), as evaluated during training."""
+  curves: dict[str, tuple[list[int], list[float]]] = {}
+  for row in metric_writers.read_metrics(model_dir):
+    kind, _, task = row['split'].partition('/')
+    if kind == 'training_eval' and row.get('bits_per_byte') is not None:
+      steps, values = curves.setdefault(task, ([], []))
+      steps.append(row['step'])
+      values.append(row['bits_per_byte'])
+  return curves
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+  """The values moved apart so that labels at them do not overlap."""
+  order = sorted(range(len(values)), key=values.__getitem__)
+  placed = list(values)
+  for below, above in itertools.pairwise(order):
+    placed[above] = max(placed[above], placed[below] + gap)
+  return placed
+
+
+def draw(model_dir: str, path: str) -> None:
+  """Writes the picture."""
+  tokens, training = training_curve(model_dir)
+  steps = [row['step'] for row in metric_writers.read_metrics(model_dir, 'train')]
+  tokens_at = dict(zip(steps, tokens, strict=True))
+  # A mixture's row sums its tasks up, and is written after them.
+  curves = held_out_curves(model_dir)
+  overall = next(reversed(curves), None)
+  with plt.rc_context(STYLE):
+    figure, axes = plt.subplots(figsize=(7.6, 3.9))
+    axes.plot(tokens, training, color=TRAINING, linewidth=1.8)
+    labels = [('training', training[-1], TRAINING)]
+    for task, (at, values) in curves.items():
+      x = [tokens_at[step] for step in at if step in tokens_at]
+      y = [v for step, v in zip(at, values, strict=True) if step in tokens_at]
+      colour = OVERALL if task == overall else PART
+      width = 2.2 if task == overall else 1.0
+      axes.plot(x, y, color=colour, linewidth=width, marker='o', markersize=2 * width)
+      name = f'{task}, held out' if task == overall else task
+      labels.append((name, y[-1], colour))
+    bottom, top = 0.8 * min(value for _, value, _ in labels), 1.03 * max(training)
+    axes.set_ylim(bottom, top)
+    axes.set_xlim(0, tokens[-1])
+    places = spread([value for _, value, _ in labels], 0.06 * (top - bottom))
+    for (name, value, colour), place in zip(labels, places, strict=True):
+      axes.annotate(
+        f'{name}  {value:.2f}',
+        (tokens[-1], place),
+        xytext=(8, 0),
+        textcoords='offset points',
+        color=colour,
+        va='center',
+        annotation_clip=False,
+      )
+    axes.set_xlabel('training tokens (millions)')
+    axes.set_ylabel('bits per byte')
+    figure.savefig(path, bbox_inches='tight', metadata={'Date': None})
+    plt.close(figure)
+
+
+def main() -> None:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('model_dir', help='a run, such as runs/palm_tiny')
+  parser.add_argument('out', help='the picture to write; .svg or .png')
+  arguments = parser.parse_args()
+  draw(arguments.model_dir, arguments.out)
+  print(f'written to {arguments.out}')
+
+
+if __name__ == '__main__':
+  main()
