@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from palm_t5x.errors import Failure, UserError
+from palm_t5x.errors import Failure, UserError, disk_problem
 from palm_t5x.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,10 @@ def find(path: str | os.PathLike) -> pathlib.Path:
       return candidate
     logger.warning('checkpoint %s is damaged: %s.', candidate, problem)
   if steps:
-    raise Failure(f'all {len(steps)} checkpoints in {folder} are damaged.')
+    raise Failure(
+      f'all {len(steps)} checkpoints in {folder} are damaged. Name another one, or put '
+      'back a copy of one of them.'
+    )
   near = steps_in(folder.parent)
   hint = f' {folder.parent} has checkpoints of steps {near}.' if near else ''
   raise UserError(
@@ -214,6 +218,7 @@ class Checkpointer:
   def __post_init__(self):
     self._folder = pathlib.Path(self.directory)
     self._tmp: pathlib.Path | None = None
+    _quiet_failed_saves()
     self._async = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -239,8 +244,11 @@ class Checkpointer:
     self.wait()
     step = int(state.step)
     folder = self._folder / f'checkpoint_{step}'
-    if folder.exists():
-      shutil.rmtree(folder)
+    try:
+      if folder.exists():
+        shutil.rmtree(folder)
+    except OSError as e:
+      raise self._failure(e) from e
     self._tmp = folder.with_name(folder.name + _TEMPORARY)
     tree = state.to_tree()
     if jnp.dtype(self.dtype) != jnp.float32:
@@ -275,6 +283,8 @@ class Checkpointer:
         shutil.rmtree(self._folder / f'checkpoint_{step}', ignore_errors=True)
 
   def _failure(self, error: Exception) -> Failure:
+    if self._tmp is not None and jax.process_index() == 0:
+      shutil.rmtree(self._tmp, ignore_errors=True)  # half of one, on a full disk
     kept = steps_in(self._folder)
     return Failure(
       f'the checkpoint could not be written under {self._folder}: '
@@ -325,14 +335,38 @@ class Checkpointer:
 
 def _first_line(error: BaseException) -> str:
   """The innermost cause in one line: 'No space left on device', not a trace."""
+  problem = disk_problem(error)
+  if problem:
+    return problem
   while error.__cause__ or error.__context__:
     error = error.__cause__ or error.__context__
   text = str(error) or type(error).__name__
-  if 'No space left' in text or 'Disk quota' in text or 'File too large' in text:
-    return re.search(
-      r'No space left on device|Disk quota exceeded|File too large', text
-    )[0]
   return text.strip().splitlines()[0][:300]
+
+
+def _quiet_failed_saves():
+  """Keeps two libraries from printing traces over the one line that says what is wrong.
+
+  Orbax logs the error that `save` and `wait` are about to raise, once per thread. And
+  as it ends its event loop at the first write that fails, TensorStore finds the loop
+  closed for each of the other writes, and prints a trace for each of hundreds.
+  """
+  hook = sys.unraisablehook
+  if getattr(hook, 'quiets_failed_saves', False):
+    return
+
+  def without_late_answers(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      hook(unraisable)
+
+  without_late_answers.quiets_failed_saves = True
+  sys.unraisablehook = without_late_answers
+  logging.getLogger('absl').addFilter(lambda record: not _caught_by_orbax(record))
+
+
+def _caught_by_orbax(record: logging.LogRecord) -> bool:
+  trace = record.exc_info and record.exc_info[2]
+  return bool(trace) and 'orbax' in trace.tb_frame.f_code.co_filename
 
 
 def param_count(params: Any) -> int:

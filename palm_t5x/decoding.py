@@ -258,10 +258,40 @@ class BeamState:
 
 
 def _keep_best(scores, seqs, k):
-  """The k best of [B, n] scores, worst first, and their [B, n, T + 1] sequences."""
+  """The k best of [B, n], worst first: scores, their sequences, their indices."""
   best, index = lax.top_k(scores, k)
   best, index = jnp.flip(best, 1), jnp.flip(index, 1)
   return best, jnp.take_along_axis(seqs, index[:, :, None], axis=1), index
+
+
+def _candidates(logits, state, given_B, eos_id):
+  """The 2K best one-token extensions of K live beams: if K of them end, K go on.
+
+  Args:
+    logits: [B * K, V] after each beam's current token.
+    state: the beams.
+    given_B: the prompt's next token, 0 where it has ended.
+    eos_id: ends a hypothesis.
+
+  Returns:
+    log-probabilities [B, n], sequences [B, n, T + 1], source beam [B, n], ended [B, n].
+  """
+  B, K, length = state.live_seqs.shape
+  V = logits.shape[-1]
+  log_probs = jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
+  log_probs = (log_probs + state.live_logprobs[:, :, None]).reshape(B, K * V)
+  log_probs, index = lax.top_k(log_probs, min(2 * K, K * V))
+  beams, tokens = index // V, index % V
+  # Inside the prompt the one beam that is alive goes on, at no cost.
+  forced = (given_B != 0)[:, None]
+  alive = jnp.where(jnp.arange(index.shape[1])[None] == 0, 0.0, NEG_INF)
+  log_probs = jnp.where(forced, alive, log_probs)
+  tokens = jnp.where(forced, given_B[:, None], tokens)
+  beams = jnp.where(forced, K - 1, beams)
+  seqs = jnp.take_along_axis(state.live_seqs, beams[:, :, None], axis=1)
+  here = jnp.arange(length)[None] == state.cur_index[:, None] + 1
+  seqs = jnp.where(here[:, None], tokens[:, :, None], seqs)
+  return log_probs, seqs, beams, (tokens == eos_id) & ~forced
 
 
 def beam_search(
@@ -305,44 +335,26 @@ def beam_search(
   first, last = _limits(inputs, initial_index, max_decode_steps)
   if max_decode_len is not None:
     last = jnp.minimum(last, max_decode_len)
-  prompt_last = jnp.max(jnp.where(inputs != 0, jnp.arange(T), 0), axis=1)
-  prompt_last = jnp.maximum(prompt_last, first)
   padded = jnp.pad(inputs.astype(jnp.int32), ((0, 0), (0, 1)))
-  per_row = lambda x: x.reshape(B, *([1] * (K > 0)))
+  prompt_last = jnp.max(jnp.where(inputs != 0, jnp.arange(T), first[:, None]), axis=1)
+  penalty = lambda index: brevity_penalty(alpha, jnp.maximum(index - prompt_last, 1))
 
   def body(state):
-    flat = lambda x: x.reshape(B * K, *x.shape[2:])
     index = jnp.repeat(state.cur_index, K)
-    sequences = flat(state.live_seqs)
+    sequences = state.live_seqs.reshape(B * K, T + 1)
+    current = _token_at(sequences, index)[:, None]
     logits, cache = tokens_to_logits(
-      DecodingState(
-        index, sequences[:, :-1], _token_at(sequences, index)[:, None], state.cache
-      )
+      DecodingState(index, sequences[:, :-1], current, state.cache)
     )
-    V = logits.shape[-1]
-    log_probs = jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
-    log_probs += state.live_logprobs[:, :, None]
-    # 2K candidates: if K of them end, K are left to go on with.
-    candidates = min(2 * K, K * V)
-    log_probs, flat_index = lax.top_k(log_probs.reshape(B, K * V), candidates)
-    beams, tokens = flat_index // V, flat_index % V
-    given = _token_at(padded, state.cur_index + 1)[:, None]
-    forced = given != 0
-    # Inside the prompt one beam goes on, at no cost.
-    only_first = jnp.where(jnp.arange(candidates) == 0, 0.0, NEG_INF)[None]
-    log_probs = jnp.where(forced, only_first, log_probs)
-    tokens = jnp.where(forced, given, tokens)
-    beams = jnp.where(forced, 0, beams)
-    seqs = jnp.take_along_axis(state.live_seqs, beams[:, :, None], axis=1)
     index = state.cur_index + 1
-    at = jnp.arange(T + 1)[None, None] == index[:, None, None]
-    seqs = jnp.where(at, tokens[:, :, None], seqs)
-    ended = (tokens == eos_id) & ~forced
-    penalty = brevity_penalty(alpha, jnp.maximum(index - prompt_last, 1))[:, None]
-    scores = jnp.where(ended & (log_probs > min_log_prob), log_probs / penalty, NEG_INF)
+    given = _token_at(padded, index)
+    log_probs, seqs, beams, ended = _candidates(logits, state, given, eos_id)
+    scores = jnp.where(
+      ended & (log_probs > min_log_prob), log_probs / penalty(index)[:, None], NEG_INF
+    )
     finished_scores, finished_seqs, _ = _keep_best(
-      jnp.concatenate([state.finished_scores, scores], 1),
-      jnp.concatenate([state.finished_seqs, seqs], 1),
+      jnp.concatenate([state.finished_scores, scores], axis=1),
+      jnp.concatenate([state.finished_seqs, seqs], axis=1),
       K,
     )
     live = jnp.where(ended, NEG_INF, log_probs)
@@ -352,25 +364,15 @@ def beam_search(
       lambda c: jnp.take(c, source.reshape(-1), axis=cache_offset), cache
     )
     # A live beam can at best keep its log-probability and grow to the longest length.
-    longest = brevity_penalty(alpha, jnp.maximum(last - prompt_last, 1))
-    hope = live_logprobs[:, -1] / longest
+    hope = live_logprobs[:, -1] / penalty(last)
     done = (index >= last) | (jnp.min(finished_scores, axis=1) > hope)
-    old = lambda new, was: jnp.where(
-      per_row(state.done)[..., *(None,) * (new.ndim - 2)]
-      if new.ndim > 1
-      else state.done,
-      was,
-      new,
+    new = (index, live_logprobs, live_seqs, finished_scores, finished_seqs, done)
+    old = (state.cur_index, state.live_logprobs, state.live_seqs)
+    old += (state.finished_scores, state.finished_seqs, state.done)
+    hold = lambda was, now: jnp.where(
+      state.done.reshape(B, *(1,) * (now.ndim - 1)), was, now
     )
-    return BeamState(
-      jnp.where(state.done | done, state.cur_index, index),
-      old(live_logprobs, state.live_logprobs),
-      old(live_seqs, state.live_seqs),
-      old(finished_scores, state.finished_scores),
-      old(finished_seqs, state.finished_seqs),
-      state.done | done,
-      cache,
-    )
+    return BeamState(*map(hold, old, new), cache)
 
   state = BeamState(
     first,
@@ -382,13 +384,10 @@ def beam_search(
     _expand(cache, K, cache_offset),
   )
   state = lax.while_loop(lambda s: ~jnp.all(s.done), body, state)
-  any_finished = jnp.max(state.finished_scores, axis=1) > NEG_INF
-  longest = brevity_penalty(alpha, jnp.maximum(last - prompt_last, 1))[:, None]
-  seqs = jnp.where(any_finished[:, None, None], state.finished_seqs, state.live_seqs)
-  scores = jnp.where(
-    any_finished[:, None], state.finished_scores, state.live_logprobs / longest
-  )
-  return seqs[:, :, 1:], scores
+  finished = (jnp.max(state.finished_scores, axis=1) > NEG_INF)[:, None]
+  live_scores = state.live_logprobs / penalty(last)[:, None]
+  seqs = jnp.where(finished[..., None], state.finished_seqs, state.live_seqs)
+  return seqs[:, :, 1:], jnp.where(finished, state.finished_scores, live_scores)
 
 
 def remove_prefix(sequences, prefix_lengths_B):

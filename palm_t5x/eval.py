@@ -5,6 +5,7 @@ without any (plain text) get their loss and bits per byte, every token counted o
 """
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import Any
 import jax
 
 from palm_t5x import checkpoints, datasets, evaluation, gin_utils, run_dir, utils
-from palm_t5x.errors import UserError
+from palm_t5x.errors import Failure, UserError
 from palm_t5x.reporting import print_table
 from palm_t5x.restored import Restored, restore_params
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -55,8 +58,8 @@ def evaluate(
     UserError: for a missing checkpoint, task or vocabulary.
   """
   del training_evaluator_cls, fallback_init_rng
-  partitioner.check_batch(dataset_cfg.batch_size, name='EVAL_BATCH_SIZE')
-  utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
+  partitioner.check_batch(dataset_cfg.eval_batch_size, name='EVAL_BATCH_SIZE')
+  utils.check_split(dataset_cfg)
   folders = _folders(restore_checkpoint_cfg)
   if pathlib.PurePath(output_dir).name != 'inference_eval':
     output_dir = os.path.join(output_dir, 'inference_eval')
@@ -77,19 +80,31 @@ def evaluate(
 
 
 def _folders(cfg: utils.RestoreCheckpointConfig) -> list[pathlib.Path | None]:
-  """The checkpoints to evaluate; [None] for the one that cfg.path names."""
+  """The checkpoints to evaluate; [None] for the one that cfg.path names.
+
+  Raises:
+    UserError: if all of a run were asked for and there are none.
+    Failure: if all of them are damaged; a few are reported and passed over.
+  """
   if cfg.mode != 'all':
     return [None]
-  folder = pathlib.Path(cfg.single_path or '')
+  folder = pathlib.Path(os.path.abspath(os.path.expanduser(cfg.single_path or '')))
   steps = checkpoints.steps_in(folder)
   if not steps:
-    raise UserError(f'no checkpoints in {folder}, whose every one was to be evaluated.')
-  return [folder / f'checkpoint_{step}' for step in steps]
-
-
-def _provider_tasks(cfg: utils.DatasetConfig) -> list[Any]:
-  provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
-  return list(getattr(provider, 'tasks', None) or [provider])
+    raise UserError(
+      f'no checkpoints in {folder}, whose every one was to be evaluated '
+      "(RestoreCheckpointConfig.mode = 'all'): name a run's folder."
+    )
+  whole = []
+  for path in (folder / f'checkpoint_{step}' for step in steps):
+    problem = checkpoints.damage(path)
+    if problem:
+      logger.warning('checkpoint %s is damaged: %s; passed over.', path, problem)
+    else:
+      whole.append(path)
+  if not whole:
+    raise Failure(f'all {len(steps)} checkpoints in {folder} are damaged.')
+  return whole
 
 
 def _losses(
@@ -101,8 +116,8 @@ def _losses(
   steps,
 ) -> dict[str, dict[str, float]]:
   """Loss and bits per byte of the tasks that have no metrics of their own."""
-  plain = [task for task in _provider_tasks(cfg) if not task.metric_objs]
-  if not plain or cfg.split not in plain[0].splits:
+  plain = [task for task in utils.check_split(cfg) if not task.metric_objs]
+  if not plain:
     return {}
   eval_step = partitioner.partition(
     lambda params, batch: model.eval_fn(params, batch)[1],
@@ -111,7 +126,7 @@ def _losses(
   results = {}
   for task in plain:
     part = utils.DatasetConfig(
-      task, cfg.task_feature_lengths, cfg.split, cfg.batch_size
+      task, cfg.task_feature_lengths, cfg.split, cfg.eval_batch_size
     )
     readers = datasets.eval_readers(part, model.output_vocabulary, cache_dir, 0)
     for name, reader in readers.items():
@@ -119,7 +134,7 @@ def _losses(
         lambda batch: eval_step(one.params, batch),
         partitioner,
         reader,
-        cfg.batch_size,
+        cfg.eval_batch_size,
         steps,
       )
   if len(results) > 1:
@@ -131,7 +146,7 @@ def _task_metrics(
   model: Any, cfg: utils.DatasetConfig, partitioner: Any, one: Restored, cls, output_dir
 ) -> dict[str, dict[str, float]]:
   """SeqIO metrics of the tasks that have some."""
-  if not any(task.metric_objs for task in _provider_tasks(cfg)):
+  if not any(task.metric_objs for task in utils.check_split(cfg)):
     return {}
   evaluator = evaluation.TaskEvaluator(
     cfg,
@@ -147,7 +162,7 @@ def _task_metrics(
 def _write(output_dir: str, one: Restored, results: dict[str, dict[str, float]]):
   """Prints the table and appends one line per task to results.jsonl."""
   path = pathlib.Path(output_dir) / 'results.jsonl'
-  with path.open('a') as f:
+  with run_dir.writing(path), path.open('a') as f:
     for task, values in results.items():
       line = {'task': task, 'step': one.step, 'checkpoint': one.path, **values}
       f.write(json.dumps(line) + '\n')

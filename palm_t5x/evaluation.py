@@ -18,6 +18,7 @@ import numpy as np
 from palm_t5x import utils
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import EvalReader
+from palm_t5x.errors import Failure, disk_problem
 from palm_t5x.metrics import sum_metrics
 
 
@@ -101,7 +102,7 @@ class TaskEvaluator:
     evaluator_cls: Callable[..., Any] | None,
     log_dir: str | None,
   ):
-    self._cfg, self._partitioner = cfg, partitioner
+    self._cfg, self._partitioner, self._log_dir = cfg, partitioner, log_dir
     vocabulary_lib.use(model.output_vocabulary)
     provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
     if log_dir:
@@ -135,7 +136,7 @@ class TaskEvaluator:
 
   def _over_dataset(self, step_fn: Callable, params: Any) -> Callable:
     """A SeqIO predict_fn or score_fn: dataset of (index, example) -> [(index, out)]."""
-    batch_size = self._cfg.batch_size
+    batch_size = self._cfg.eval_batch_size
     rng = jax.random.key(self._cfg.seed or 0)
 
     def run(dataset) -> list[tuple[int, Any]]:
@@ -161,7 +162,17 @@ class TaskEvaluator:
       predict_fn=self._over_dataset(self._predict, params),
       score_fn=self._over_dataset(self._score, params),
     )
-    metrics = future.result() or {}
+    try:
+      metrics = future.result() or {}
+    except Exception as e:  # a logger's disk, or a bug in a task's metric
+      problem = disk_problem(e)
+      if problem is None:
+        raise
+      raise Failure(
+        f'the results of {", ".join(self.names)} could not be written under '
+        f'{self._log_dir}: {problem}. Make room or name another folder, then run the '
+        'same command again.'
+      ) from e
     return {
       task: {name: float(getattr(v, 'value', v)) for name, v in values.items()}
       for task, values in metrics.items()

@@ -5,6 +5,7 @@
 `did_you_mean` and `parse_gin_flags` serve code that reads names or files itself.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,12 @@ def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None
         f.write(text)
       os.replace(path + '.tmp', path)
   except OSError as error:
-    raise Failure(f'cannot write {path}: {error.strerror or error}') from error
+    with contextlib.suppress(OSError):
+      os.remove(path + '.tmp')
+    raise Failure(
+      f'Cannot write {path}: {error.strerror or error}. Make room or name another '
+      'folder, then run the same command again.'
+    ) from error
   if summary_writer is not None:
     summary_writer.write_texts(step, {'config': gin.markdown(text)})
     summary_writer.flush()

@@ -1,17 +1,20 @@
 """`t5x infer`: predictions or scores of a whole dataset, as JSONL.
 
-    INFER_OUTPUT_DIR/<task>-<mode>.jsonl-00000-of-00004     one file per shard
-    INFER_OUTPUT_DIR/tmp-<task>-<mode>-00000-of-00004/      chunks while it runs
+    INFER_OUTPUT_DIR/<task>-<mode>.jsonl-00000-of-00004            one file per shard
+    INFER_OUTPUT_DIR/<task>-<mode>.jsonl-00000-of-00004.COMPLETED  what it was made with
+    INFER_OUTPUT_DIR/tmp-<task>-<mode>-00000-of-00004/             chunks while it runs
 
 A chunk is written aside and renamed, so what is there is whole, and a run that was
-killed goes on with the first chunk that is missing. The shards are merged from the
-chunks the same way. T5X's names for files, modes and parameters.
+killed goes on with the first chunk that is missing, if it is under the same settings.
+The shards are merged from the chunks the same way. T5X's names for files, modes and
+parameters.
 """
 
 import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -70,23 +73,43 @@ def infer(
     raise UserError(f'infer.mode={mode!r}: it can be one of {", ".join(MODES)}.')
   if not 0 <= shard_id < num_shards:
     raise UserError(f'shard_id={shard_id} must be in 0..{num_shards - 1} (num_shards).')
-  partitioner.check_batch(dataset_cfg.batch_size, name='INFER_BATCH_SIZE')
-  provider = utils.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
-  restored = restore_params(model, partitioner, restore_checkpoint_cfg)
+  if checkpoint_period < 1:
+    raise UserError(f'infer.checkpoint_period={checkpoint_period}: 1 batch or more.')
+  size = dataset_cfg.eval_batch_size
+  partitioner.check_batch(size, name='INFER_BATCH_SIZE')
+  tasks = utils.check_split(dataset_cfg)
+  lengths = {task.name: _lengths(task, dataset_cfg, mode) for task in tasks}
   output_dir = run_dir.prepare(output_dir, 'INFER_OUTPUT_DIR')
+  restored = restore_params(model, partitioner, restore_checkpoint_cfg)
+  utils.verify_matching_vocabs(dataset_cfg, model)
+  settings = {
+    'checkpoint': restored.path,
+    'split': dataset_cfg.split,
+    'lengths': dict(dataset_cfg.task_feature_lengths or {}),
+    'batch_size': size,
+    'checkpoint_period': checkpoint_period,
+    'stop': list(stop),
+    'decoding': _decoding_settings(),
+  }
+  writers = {
+    task.name: _ChunkWriter(
+      pathlib.Path(output_dir), f'{task.name}-{mode}', shard_id, num_shards, settings
+    )
+    for task in tasks
+  }
+  done = {name for name, writer in writers.items() if writer.done()}
   summarize_config_fn(output_dir, None, restored.step)
   step_fn = _step_fn(mode, model, partitioner, restored)
   written = []
-  for task in getattr(provider, 'tasks', None) or [provider]:
-    examples = _examples(task, dataset_cfg, model, mode, shard_id, num_shards)
-    writer = _ChunkWriter(
-      pathlib.Path(output_dir), f'{task.name}-{mode}', shard_id, num_shards
-    )
-    if writer.done():
+  for task in tasks:
+    writer = writers[task.name]
+    if task.name in done:
       print(f'{writer.final} is complete: nothing to do.')
       written.append(str(writer.final))
       continue
-    size = dataset_cfg.batch_size
+    examples = _examples(
+      task, dataset_cfg, lengths[task.name], model, mode, shard_id, num_shards
+    )
     chunks = _grouped(examples, size * checkpoint_period)
     for number, chunk in enumerate(chunks):
       if writer.has(number):
@@ -95,7 +118,8 @@ def infer(
       for rows in _grouped(iter(chunk), size):
         lines += _infer_batch(step_fn, rows, size, partitioner, model, mode, stop)
       writer.write(number, lines)
-      print(f'{task.name}: {number * size * checkpoint_period + len(lines)} examples')
+      done_now = number * size * checkpoint_period + len(lines)
+      print(f'{task.name}: {done_now} examples', flush=True)
     if merge_chunked_results and jax.process_index() == 0:
       written.append(str(writer.merge()))
       print(f'written to {writer.final}')
@@ -120,26 +144,43 @@ def _step_fn(mode: str, model: Any, partitioner: Any, restored: Any) -> Callable
   return lambda batch, rng: compiled(restored.params, batch, rng)
 
 
+def _decoding_settings() -> list[str]:
+  """What Gin binds of the decode functions: predictions depend on it."""
+  lines = gin_utils.get_gin_config_str().splitlines()
+  return sorted(line for line in lines if re.match(r'(\w+/)*(\w+\.)*decoding\.', line))
+
+
+def _is_prompts(task: Any, mode: str) -> bool:
+  """Whether a task without inputs serves as a list of prompts."""
+  return 'inputs' not in task.output_features and mode != 'score'
+
+
+def _lengths(task: Any, cfg: utils.DatasetConfig, mode: str) -> dict[str, int]:
+  """Tokens of each feature.
+
+  Raises:
+    UserError: if prompts have no longest length.
+  """
+  lengths = dict(cfg.task_feature_lengths or {})
+  if _is_prompts(task, mode) and not {'inputs', 'targets'} <= lengths.keys():
+    raise UserError(
+      f'{task.name} has no inputs, so its targets are the prompts: bind '
+      "TASK_FEATURE_LENGTHS={'inputs': longest prompt, 'targets': tokens to generate}."
+    )
+  return lengths
+
+
 def _examples(
   task: Any,
   cfg: utils.DatasetConfig,
+  lengths: dict[str, int],
   model: Any,
   mode: str,
   shard_id: int,
   num_shards: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]]:
   """(index, what to report, model features) of this shard's examples, in order."""
-  if cfg.split not in task.splits:
-    raise UserError(
-      f'{task.name} has no split {cfg.split!r}; it has {", ".join(task.splits)}.'
-    )
-  lengths = dict(cfg.task_feature_lengths or {})
-  prompts = 'inputs' not in task.output_features and mode != 'score'
-  if prompts and 'inputs' not in lengths:
-    raise UserError(
-      f'{task.name} has no inputs, so its targets are the prompts: bind '
-      "TASK_FEATURE_LENGTHS={'inputs': longest prompt, 'targets': tokens to generate}."
-    )
+  prompts = _is_prompts(task, mode)
   dataset = task.get_dataset(
     None if prompts else (lengths or None),
     cfg.split,
@@ -225,15 +266,50 @@ def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 class _ChunkWriter:
   """Writes numbered chunks atomically and joins them into the final shard."""
 
-  def __init__(self, folder: pathlib.Path, name: str, shard_id: int, num_shards: int):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    name: str,
+    shard_id: int,
+    num_shards: int,
+    settings: dict[str, Any],
+  ):
     shard = f'{shard_id:05d}-of-{num_shards:05d}'
     self.final = folder / f'{name}.jsonl-{shard}'
+    self._marker = folder / f'{self.final.name}.COMPLETED'  # T5X's name
     self._chunks = folder / f'tmp-{name}-{shard}'
+    self._settings = settings
     self._count = 0
 
   def done(self) -> bool:
-    """Whether the final file is there."""
-    return self.final.exists()
+    """Whether the final file is there.
+
+    Raises:
+      UserError: if it, or the chunks there are, were made with other settings.
+    """
+    if self.final.exists():
+      self._check_same(self._marker, self.final)
+      shutil.rmtree(self._chunks, ignore_errors=True)
+      return True
+    self._check_same(self._chunks / 'settings.json', self._chunks)
+    return False
+
+  def _check_same(self, record: pathlib.Path, what: pathlib.Path):
+    """Refuses to mix the results of two checkpoints, or to pass off old ones."""
+    try:
+      stored = json.loads(record.read_text())
+    except (FileNotFoundError, ValueError):
+      return
+    changed = [
+      f'{name} {stored.get(name)} there, {value} here'
+      for name, value in self._settings.items()
+      if stored.get(name) != value
+    ]
+    if changed:
+      raise UserError(
+        f'{what} was made with other settings ({"; ".join(changed)}): remove it, or '
+        'name another INFER_OUTPUT_DIR.'
+      )
 
   def _path(self, number: int) -> pathlib.Path:
     return self._chunks / f'chunk-{number:06d}.jsonl'
@@ -247,12 +323,16 @@ class _ChunkWriter:
     """Writes one chunk; a reader sees all of it or nothing."""
     if jax.process_index():
       return
-    self._chunks.mkdir(exist_ok=True)
+    record = self._chunks / 'settings.json'
+    if not record.exists():
+      self._chunks.mkdir(exist_ok=True)
+      _write_atomically(record, [json.dumps(self._settings, indent=1) + '\n'])
     text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     _write_atomically(self._path(number), [text])
 
   def merge(self) -> pathlib.Path:
     """Joins the chunks in order and removes them."""
+    _write_atomically(self._marker, [json.dumps(self._settings, indent=1) + '\n'])
     parts = (self._path(n).read_text() for n in range(self._count))
     _write_atomically(self.final, parts)
     shutil.rmtree(self._chunks, ignore_errors=True)

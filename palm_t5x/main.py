@@ -21,7 +21,10 @@ from palm_t5x.errors import Failure, UserError
 from palm_t5x.modes import MODES, load
 
 # What the system says when it, and not the program, is at fault.
-_WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_WORLD = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+)
 
 _PROCESS = ('coordinator_address', 'process_count', 'process_index')
 

@@ -16,6 +16,15 @@ VOCABULARY_COPY = 'vocabulary.model'  # in MODEL_DIR, so that a run needs no cac
 logger = logging.getLogger(__name__)
 
 
+def prefer_copy(vocabulary: Any, run: Any):
+  """Reads a vocabulary whose file is gone from the run that was trained with it."""
+  copy = pathlib.Path(run) / VOCABULARY_COPY
+  if not hasattr(vocabulary, 'read_from') or vocabulary.exists():
+    return
+  if copy.exists() and checkpoints.steps_in(run):
+    vocabulary.read_from(copy)
+
+
 @dataclasses.dataclass
 class Restored:
   """Parameters and where they came from.
@@ -53,9 +62,7 @@ def restore_params(
   folder = folder or checkpoints.find(path)
   vocabulary = model.output_vocabulary
   vocabulary_lib.use(vocabulary)
-  copy = pathlib.Path(folder).parent / VOCABULARY_COPY
-  if hasattr(vocabulary, 'read_from') and not vocabulary.exists() and copy.exists():
-    vocabulary.read_from(copy)
+  prefer_copy(vocabulary, pathlib.Path(folder).parent)
   utils.verify_vocabulary_size(model)
   metadata = checkpoints.read_metadata(folder)
   provenance.check_vocabulary(metadata, vocabulary, folder)

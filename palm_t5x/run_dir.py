@@ -1,5 +1,6 @@
 """MODEL_DIR: made, checked for writing, and described before any device work."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from palm_t5x.checkpoints import param_count
-from palm_t5x.errors import UserError
+from palm_t5x.errors import Failure, UserError
 
 
 def prepare(path: str | os.PathLike, what: str = 'MODEL_DIR') -> str:
@@ -28,8 +29,9 @@ def prepare(path: str | os.PathLike, what: str = 'MODEL_DIR') -> str:
     with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as e:
+    reason = 'it is a file' if folder.is_file() else e.strerror
     raise UserError(
-      f'{what}={text} cannot be written ({e.strerror}): name another with '
+      f'{what}={text} cannot be written ({reason}): name another with '
       f'--gin.{what}=PATH.'
     ) from None
   return str(folder)
@@ -55,4 +57,28 @@ def write_model_info(model_dir: str, params: Any, axes: Any, partitioner: Any):
     size = param_count(leaf)
     lines.append(f'{name:48} {size:>16,}  ({shape})  {partitioner.spec(logical)}')
   lines.append(f'Total number of parameters: {param_count(params):,}')
-  (pathlib.Path(model_dir) / 'model-info.txt').write_text('\n'.join(lines) + '\n')
+  _replace(pathlib.Path(model_dir) / 'model-info.txt', '\n'.join(lines) + '\n')
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike):
+  """Turns an OSError inside the block into a Failure that names the file."""
+  try:
+    yield
+  except OSError as e:
+    raise Failure(
+      f'Cannot write {os.fspath(path)}: {e.strerror or e}. Make room or name another '
+      'folder, then run the same command again.'
+    ) from e
+
+
+def _replace(path: pathlib.Path, text: str):
+  """Writes a small file whole, or leaves the old one."""
+  temporary = path.with_name(path.name + '.tmp')
+  with writing(path):
+    try:
+      temporary.write_text(text)
+      temporary.replace(path)
+    except OSError:
+      temporary.unlink(missing_ok=True)
+      raise

@@ -26,7 +26,7 @@ from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
 from palm_t5x.reporting import Reporter
-from palm_t5x.restored import VOCABULARY_COPY
+from palm_t5x.restored import VOCABULARY_COPY, prefer_copy
 from palm_t5x.train_state import TrainState, TrainStateInitializer
 from palm_t5x.training_run import TrainingRun
 
@@ -99,7 +99,11 @@ def train(
   if use_hardware_rng:
     jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
   seed = random_seed or 0
-  model_dir = prepare_run(model, train_dataset_cfg, partitioner, model_dir, cache_dir)
+  check_numbers(total_steps, relative_steps, eval_period, stats_period, eval_steps)
+  evals = [cfg for cfg in (train_eval_dataset_cfg, infer_eval_dataset_cfg) if cfg]
+  model_dir = prepare_run(
+    model, train_dataset_cfg, evals, partitioner, model_dir, cache_dir
+  )
   initializer = TrainStateInitializer(
     model,
     partitioner,
@@ -118,10 +122,6 @@ def train(
   )
   start = int(state.step)
   total_steps = last_step(start, total_steps, relative_steps, model_dir)
-  summarize_config_fn(model_dir, None, start)
-  run_dir.write_model_info(
-    model_dir, state.params, initializer.axes.params, partitioner
-  )
   data = datasets.TrainDataset(
     train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position
   )
@@ -150,6 +150,9 @@ def train(
     run.add_task_evaluation(
       infer_eval_dataset_cfg, initializer, inference_evaluator_cls, model_dir
     )
+    # Only now, when nothing is left to refuse: a mistake changes no file of the run.
+    _describe_run(model, model_dir, initializer, state, partitioner)
+    summarize_config_fn(model_dir, None, start)
     if run_eval_before_training and start == 0:
       run.evaluate(0)
     stats_period = stats_period or max(1, total_steps // 100)
@@ -157,9 +160,33 @@ def train(
     return run.finish(stopped, sample_prompts, sampling)
 
 
+def check_numbers(
+  total_steps: int,
+  relative_steps: int | None,
+  eval_period: int | None,
+  stats_period: int | None,
+  eval_steps: int | None,
+):
+  """Refuses counts of steps that mean nothing.
+
+  Raises:
+    UserError: naming the macro.
+  """
+  for name, value, least in (
+    ('TRAIN_STEPS', total_steps, 1),
+    ('TRAIN_STEPS_RELATIVE', relative_steps, 1),
+    ('EVAL_PERIOD', eval_period, 0),
+    ('STATS_PERIOD', stats_period, 0),
+    ('EVAL_STEPS', eval_steps, 0),
+  ):
+    if value is not None and value < least:
+      raise UserError(f'{name}={value}: it is a number of steps, {least} or more.')
+
+
 def prepare_run(
   model: Any,
   cfg: utils.DatasetConfig,
+  eval_cfgs: Sequence[utils.DatasetConfig],
   partitioner: Any,
   model_dir: str,
   cache_dir: str,
@@ -175,17 +202,29 @@ def prepare_run(
   """
   for size in cfg.batch_sizes:
     partitioner.check_batch(size)
-  utils.get_mixture_or_task(cfg.mixture_or_task_name)
+  for eval_cfg in eval_cfgs:
+    partitioner.check_batch(eval_cfg.eval_batch_size, name='EVAL_BATCH_SIZE')
+  for each in (cfg, *eval_cfgs):
+    utils.check_split(each)
   model_dir = run_dir.prepare(model_dir)
-  vocabulary_lib.use(model.output_vocabulary)
-  prepare.learn_vocabulary(
-    model.output_vocabulary, cache_dir, progress=PrepareProgress()
-  )
+  vocabulary = model.output_vocabulary
+  vocabulary_lib.use(vocabulary)
+  prefer_copy(vocabulary, model_dir)
+  prepare.learn_vocabulary(vocabulary, cache_dir, progress=PrepareProgress())
   utils.verify_vocabulary_size(model)
-  utils.verify_matching_vocabs(cfg, model)
-  if jax.process_index() == 0 and hasattr(model.output_vocabulary, 'save_copy'):
-    model.output_vocabulary.save_copy(os.path.join(model_dir, VOCABULARY_COPY))
+  for each in (cfg, *eval_cfgs):
+    utils.verify_matching_vocabs(each, model)
   return model_dir
+
+
+def _describe_run(model, model_dir, initializer, state, partitioner):
+  """model-info.txt, and a copy of the vocabulary that the run needs for good."""
+  run_dir.write_model_info(
+    model_dir, state.params, initializer.axes.params, partitioner
+  )
+  vocabulary = model.output_vocabulary
+  if jax.process_index() == 0 and hasattr(vocabulary, 'save_copy'):
+    vocabulary.save_copy(os.path.join(model_dir, VOCABULARY_COPY))
 
 
 def last_step(

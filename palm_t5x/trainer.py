@@ -229,7 +229,9 @@ class Trainer:
     self.train_state = train_state
     self.model = model
     self.learning_rate_fn = learning_rate_fn
-    self.num_microbatches = num_microbatches or 1
+    self.num_microbatches = 1 if num_microbatches is None else num_microbatches
+    if self.num_microbatches < 1:
+      raise UserError(f'MICROBATCHES={num_microbatches}: it is 1 or more, or None.')
     self.partitioner = partitioner
     self._rng = jax.random.key(0) if rng is None else rng
     optimizer = optimizer or model.optimizer_def.bind(train_state_axes.params)

@@ -9,7 +9,15 @@ from typing import Any
 
 import jax
 
-from palm_t5x import checkpoints, datasets, evaluation, generation, hooks, utils
+from palm_t5x import (
+  checkpoints,
+  datasets,
+  evaluation,
+  generation,
+  hooks,
+  run_dir,
+  utils,
+)
 from palm_t5x.reporting import Reporter
 from palm_t5x.train_state import TrainStateInitializer
 
@@ -59,7 +67,6 @@ class TrainingRun:
     """Measures the loss of this held-out text at each evaluation."""
     if cfg is None:
       return
-    self.partitioner.check_batch(cfg.batch_size, name='EVAL_BATCH_SIZE')
     self._eval_cfg = cfg
     self._eval_steps, self._final_eval_steps = eval_steps, final_eval_steps
     self._readers = datasets.eval_readers(
@@ -76,7 +83,6 @@ class TrainingRun:
     """Computes SeqIO metrics of this task or mixture at each evaluation."""
     if cfg is None:
       return
-    self.partitioner.check_batch(cfg.batch_size, name='EVAL_BATCH_SIZE')
     self._task_evaluator = evaluation.TaskEvaluator(
       cfg,
       self.trainer.model,
@@ -131,7 +137,7 @@ class TrainingRun:
         self.trainer.eval,
         self.partitioner,
         reader,
-        self._eval_cfg.batch_size,
+        self._eval_cfg.eval_batch_size,
         max_batches,
       )
       for name, reader in self._readers.items()
@@ -174,7 +180,7 @@ class TrainingRun:
     if jax.process_index():
       return
     path = os.path.join(self.checkpointer.directory, 'samples.jsonl')
-    with open(path, 'a') as f:
+    with run_dir.writing(path), open(path, 'a') as f:
       for prompt, texts in zip(prompts, continuations, strict=True):
         f.write(json.dumps({'step': step, 'prompt': prompt, 'samples': texts}) + '\n')
     self.reporter.samples(prompts, continuations)

@@ -62,6 +62,12 @@ class DatasetConfig:
           f'BATCH_SIZE={self.batch_size!r}: a batch size is a whole number of '
           'sequences, 1 or more, or ((first step, size), ...).'
         )
+    lengths = self.task_feature_lengths
+    if lengths is not None and not _are_lengths(lengths):
+      raise UserError(
+        f'TASK_FEATURE_LENGTHS={lengths!r}: it maps features to whole numbers of '
+        "tokens, 1 or more, such as {'inputs': 512, 'targets': 2048}."
+      )
 
   @property
   def batch_sizes(self) -> list[int]:
@@ -69,6 +75,11 @@ class DatasetConfig:
     if isinstance(self.batch_size, (tuple, list)):
       return [size for _, size in self.batch_size]
     return [self.batch_size]
+
+  @property
+  def eval_batch_size(self) -> int:
+    """The one size of an evaluation: a schedule's largest (T5X shares BATCH_SIZE)."""
+    return max(self.batch_sizes)
 
   @property
   def name(self) -> str:
@@ -100,10 +111,26 @@ class DatasetConfig:
     targets, lengths = self.length, self.task_feature_lengths or {}
     if 'inputs' not in lengths:
       raise UserError(
-        f'{self.name} has inputs, but TASK_FEATURE_LENGTHS={dict(lengths)} does not say '
-        'how long they are: bind for example {"inputs": 512, "targets": 128}.'
+        f'{self.name} has inputs, but TASK_FEATURE_LENGTHS={dict(lengths)} does not '
+        'say how long they are: bind for example {"inputs": 512, "targets": 128}.'
       )
     return int(lengths['inputs']), targets
+
+
+def _are_lengths(value: Any) -> bool:
+  """Whether it is a mapping of features to whole numbers above zero, or None."""
+  return isinstance(value, Mapping) and all(
+    n is None or (isinstance(n, int) and not isinstance(n, bool) and n > 0)
+    for n in value.values()
+  )
+
+
+def _check_dtype(owner: str, dtype: str | None):
+  """Refuses what no checkpoint is written or restored in, naming what is."""
+  if dtype not in (None, 'float32', 'bfloat16', 'float16'):
+    raise UserError(
+      f"{owner}.dtype={dtype!r}: it can be 'float32', 'bfloat16' or 'float16'."
+    )
 
 
 @dataclasses.dataclass
@@ -124,6 +151,16 @@ class SaveCheckpointConfig:
   keep: int | None = None
   save_dataset: bool = False
 
+  def __post_init__(self):
+    _check_dtype('SaveCheckpointConfig', self.dtype)
+    for name in ('period', 'keep'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(
+          f'SaveCheckpointConfig.{name}={value}: it is 1 or more, or None '
+          f'({"save at the end alone" if name == "period" else "keep all"}).'
+        )
+
   def due(self, step: int) -> bool:
     """Whether a checkpoint is to be written after `step` updates."""
     periodic = bool(self.period) and step % self.period == 0
@@ -136,7 +173,7 @@ class RestoreCheckpointConfig:
 
   Attributes:
     path: a checkpoint or a run directory; '' or () for none.
-    mode: 'specific' or 'latest'.
+    mode: 'specific' or 'latest'; in eval also 'all', every checkpoint of a run.
     fallback_to_scratch: start from an initialisation if nothing is there.
     dtype: restore floating point parameters in it; None keeps theirs.
     reset_optimizer: start the optimizer afresh (fine-tuning: PaLM paper §6.1.2).
@@ -154,8 +191,10 @@ class RestoreCheckpointConfig:
   def __post_init__(self):
     if self.mode not in ('specific', 'latest', 'all'):
       raise UserError(
-        f"RestoreCheckpointConfig.mode={self.mode!r}: it can be 'specific' or 'latest'."
+        f"RestoreCheckpointConfig.mode={self.mode!r}: it can be 'specific', 'latest' "
+        "or, in eval, 'all'."
       )
+    _check_dtype('RestoreCheckpointConfig', self.dtype)
 
   @property
   def single_path(self) -> str | None:
@@ -183,6 +222,18 @@ def get_mixture_or_task(name: Any) -> Any:
   from palm_t5x.corpus import prepare  # here: it imports seqio, which takes seconds
 
   return prepare.mixture_or_task(name)
+
+
+def check_split(cfg: DatasetConfig) -> list[Any]:
+  """The tasks of cfg's mixture that have its split.
+
+  Raises:
+    UserError: if none has, naming the splits there are; or for an unknown mixture.
+  """
+  from palm_t5x.corpus import prepare
+
+  get_mixture_or_task(cfg.mixture_or_task_name)
+  return [t for t, _ in prepare.tasks_and_weights(cfg.mixture_or_task_name, cfg.split)]
 
 
 def verify_matching_vocabs(cfg: DatasetConfig, model: Any):

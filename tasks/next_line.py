@@ -1,8 +1,8 @@
 """A few-shot task from the text that is on the machine: which line comes next?
 
-Three lines of a held-out standard library file, and four lines of the same file to go
-on with, one of which does. Two solved examples from the training split come first. The
-model ranks the four by their log-likelihood; guessing gets 25 %.
+Three lines of a held-out standard library file, and four lines to go on with, one of
+which does; the others come from other files. Two solved examples from the training
+split come first. The model ranks the four by log-likelihood; guessing gets 25 %.
 
     Code:
         def close(self):
@@ -24,6 +24,7 @@ NUM_QUESTIONS = 48
 NUM_SHOTS = 2
 NUM_CHOICES = 4
 _CONTEXT_LINES = 3
+_MOST_FILES = 40  # to read; enough for all questions
 _LONGEST_CONTEXT = 130  # characters, so that prompt and choice fit in 256 tokens
 
 
@@ -32,26 +33,38 @@ def _rank(*parts) -> bytes:
   return hashlib.blake2b('\0'.join(map(str, parts)).encode(), digest_size=8).digest()
 
 
+def _fits(line: str) -> bool:
+  return 12 <= len(line.strip()) <= 60
+
+
 def _questions(split: str, per_file: int):
   """(context, choices, number of the right one), a few from every file."""
   source = seqio.TaskRegistry.get('python_code').source
-  for text in source.documents(split):
-    lines = [line for line in text.split('\n') if line.strip()]
-    yield from itertools.islice(_questions_of(lines), per_file)
+  files = [
+    [line for line in text.split('\n') if line.strip()]
+    for text in itertools.islice(source.documents(split), _MOST_FILES)
+  ]
+  for number, lines in enumerate(files):
+    others = {line.strip() for other in files if other is not lines for line in other}
+    others = {line for line in others if _fits(line)} - {s.strip() for s in lines}
+    asked = _questions_of(lines, sorted(others), number)
+    yield from itertools.islice(asked, per_file)
 
 
-def _questions_of(lines: list[str]):
-  """Fair questions about one file, in an arbitrary but fixed order."""
-  fit = lambda line: 12 <= len(line.strip()) <= 60
+def _questions_of(lines: list[str], others: list[str], number: int):
+  """Questions about one file, in an arbitrary but fixed order.
+
+  Wrong choices are lines of other files that are about as long as the right one, for a
+  log-likelihood is a sum and would favour short ones.
+  """
   places = range(_CONTEXT_LINES, len(lines))
-  for place in sorted(places, key=lambda n: _rank(n, lines[n]))[:100]:
+  for place in sorted(places, key=lambda n: _rank(number, n, lines[n])):
     context = '\n'.join(lines[place - _CONTEXT_LINES : place])
     answer = lines[place].strip()
-    if not fit(lines[place]) or len(context) > _LONGEST_CONTEXT:
+    if not _fits(answer) or len(context) > _LONGEST_CONTEXT:
       continue
-    others = {line.strip() for line in lines if fit(line)} - {answer}
-    others -= {line.strip() for line in context.split('\n')}
-    wrong = sorted(others, key=lambda line: _rank(answer, line))[: NUM_CHOICES - 1]
+    alike = [line for line in others if abs(len(line) - len(answer)) <= 2]
+    wrong = sorted(alike, key=lambda line: _rank(answer, line))[: NUM_CHOICES - 1]
     if len(wrong) == NUM_CHOICES - 1:
       choices = sorted([answer, *wrong], key=lambda line: _rank('order', line))
       yield context, choices, choices.index(answer)
@@ -65,8 +78,7 @@ def _documents(split: str):
   """One document per choice: inputs, targets, and which question and choice it is."""
   shots = itertools.islice(_questions('train', 1), NUM_SHOTS)
   solved = [f'{_prompt(c)} {choices[right]}\n\n' for c, choices, right in shots]
-  skip = NUM_SHOTS * 4 if split == 'train' else 0
-  questions = itertools.islice(_questions(split, 4), skip, skip + NUM_QUESTIONS)
+  questions = itertools.islice(_questions(split, 4), NUM_QUESTIONS)
   for number, (context, choices, right) in enumerate(questions):
     for n, choice in enumerate(choices):
       yield {
@@ -102,7 +114,7 @@ _FEATURE = functools.partial(
 
 seqio.TaskRegistry.add(
   'python_next_line',
-  source=sources.DocumentSource(_documents),
+  source=sources.DocumentSource(_documents, splits=('validation',)),
   preprocessors=[seqio.preprocessors.tokenize],
   postprocess_fn=_postprocess,
   output_features={'inputs': _FEATURE(), 'targets': _FEATURE()},

@@ -8,6 +8,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '2'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
@@ -17,3 +19,27 @@ if 'xla_force_host_platform_device_count' not in _FLAGS:
 _CACHE = pathlib.Path(tempfile.gettempdir(), f'palm_t5x_tests_{os.getuid()}', 'xla')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+
+# `runs` imports TensorFlow, which tests that need no run shall not wait for.
+
+
+@pytest.fixture(scope='session')
+def workspace(tmp_path_factory):
+  """A folder with the tests' Gin file, and a cache that all runs share."""
+  import runs
+
+  folder = tmp_path_factory.mktemp('runs')
+  runs.write_config(folder)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def straight(workspace):
+  """An uninterrupted run of the tiny model: (MODEL_DIR, its process). Read only."""
+  import runs
+
+  model_dir = workspace / 'straight'
+  process = runs.run(workspace, model_dir)
+  assert process.returncode == 0, process.stderr[-3000:]
+  return model_dir, process

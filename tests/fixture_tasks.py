@@ -2,7 +2,8 @@
 
 A Gin file imports this module by its name (`import fixture_tasks`) where tests/ is on
 the Python path. Registers `fixture_text` (prose, code and sessions; train and
-validation), `fixture_mixture` of two parts of it, and `fixture_sums`, supervised.
+validation), `fixture_mixture` of two parts of it, and, supervised, `fixture_sums` (its
+metric is of predictions) and `fixture_scored_sums` (its metric is of scores).
 """
 
 import functools
@@ -50,6 +51,11 @@ def accuracy(targets, predictions):
   return {'accuracy': 100.0 * sum(right) / max(1, len(right))}
 
 
+def mean_score(targets, scores):
+  """Mean log-likelihood of the targets, in nats."""
+  return {'log_likelihood': sum(scores) / len(targets)}
+
+
 def _feature() -> seqio.Feature:
   return seqio.Feature(vocabulary=vocabulary_lib.RunVocabulary(), add_eos=True)
 
@@ -66,16 +72,20 @@ if 'fixture_text' not in seqio.TaskRegistry.names():
   seqio.MixtureRegistry.add(
     'fixture_mixture', [('fixture_prose', 70), ('fixture_code', 30)]
   )
-  seqio.TaskRegistry.add(
-    'fixture_sums',
-    source=sources.DocumentSource(sums),
-    preprocessors=[
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={
-      'inputs': seqio.Feature(vocabulary_lib.RunVocabulary(), add_eos=False),
-      'targets': _feature(),
-    },
-    metric_fns=[accuracy],
-  )
+  for _name, _metrics in (
+    ('fixture_sums', [accuracy]),
+    ('fixture_scored_sums', [mean_score]),
+  ):
+    seqio.TaskRegistry.add(
+      _name,
+      source=sources.DocumentSource(sums),
+      preprocessors=[
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos,
+      ],
+      output_features={
+        'inputs': seqio.Feature(vocabulary_lib.RunVocabulary(), add_eos=False),
+        'targets': _feature(),
+      },
+      metric_fns=_metrics,
+    )

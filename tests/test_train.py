@@ -7,120 +7,17 @@ uninterrupted run ends with, to the last bit.
 
 import json
 import os
-import pathlib
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-import tensorstore
+from runs import HERE, STEPS, arrays, command, losses, run
 
 from palm_t5x import checkpoints
 from palm_t5x.metric_writers import read_metrics
-
-HERE = pathlib.Path(__file__).parent
-STEPS = 12
-CONFIG = """
-from __gin__ import dynamic_registration
-import fixture_tasks
-from palm_t5x import network
-from palm_t5x.corpus import vocabulary
-
-include 'models/base.gin'
-include 'runs/all.gin'
-
-DTYPE = 'float32'
-VOCABULARY_PATH = '{vocabulary}'
-vocabulary.SentencePieceVocabulary.vocab_size = 512
-network.TransformerConfig:
-  vocab_size = 512
-  emb_dim = 64
-  num_heads = 2
-  num_layers = 2
-  head_dim = 32
-  mlp_dim = 128
-MIXTURE_OR_TASK_NAME = 'fixture_text'
-TASK_FEATURE_LENGTHS = {{'targets': 64}}
-TRAIN_STEPS = {steps}
-BATCH_SIZE = 8
-EVAL_BATCH_SIZE = 8
-EVAL_PERIOD = None
-EVAL_STEPS = 2
-STATS_PERIOD = 1
-CHECKPOINT_PERIOD = 3
-CHECKPOINT_KEEP = 3
-"""
-
-
-@pytest.fixture(scope='session')
-def workspace(tmp_path_factory):
-  """A Gin file and a cache shared by all runs of this module."""
-  folder = tmp_path_factory.mktemp('train')
-  vocabulary = HERE / 'fixtures' / 'vocabulary' / 'fixture.model'
-  text = CONFIG.format(vocabulary=vocabulary, steps=STEPS)
-  (folder / 'tiny.gin').write_text(text)
-  return folder
-
-
-def command(workspace, model_dir, *bindings, devices=1):
-  """Arguments and environment of one `t5x train` process."""
-  environment = dict(os.environ)
-  environment['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
-  environment['NPROC'] = '2'
-  environment['PYTHONPATH'] = os.pathsep.join([str(HERE.parent), str(HERE)])
-  arguments = [
-    sys.executable,
-    '-m',
-    'palm_t5x',
-    'train',
-    f'--gin_file={workspace / "tiny.gin"}',
-    f'--gin.MODEL_DIR={model_dir}',
-    f'--gin.CACHE_DIR={workspace / "cache"}',
-    *(f'--gin.{binding}' for binding in bindings),
-  ]
-  return {'args': arguments, 'env': environment, 'cwd': workspace, 'text': True}
-
-
-def run(workspace, model_dir, *bindings, devices=1):
-  """Runs to the end; returns the finished process."""
-  options = command(workspace, model_dir, *bindings, devices=devices)
-  return subprocess.run(**options, capture_output=True, timeout=300, check=False)
-
-
-def arrays(folder):
-  """Every array of a checkpoint, by name, read without this project's code."""
-  names = json.loads((folder / 'state' / '_METADATA').read_text())['tree_metadata']
-  found = {}
-  for entry in names.values():
-    if entry['value_metadata'].get('skip_deserialize'):
-      continue
-    name = '.'.join(str(key['key']) for key in entry['key_metadata'])
-    spec = {
-      'driver': 'zarr',
-      'kvstore': {
-        'driver': 'ocdbt',
-        'base': f'file://{folder / "state"}/',
-        'path': f'{name}/',
-      },
-    }
-    found[name] = tensorstore.open(spec, read=True).result().read().result()
-  return found
-
-
-def losses(model_dir):
-  return {row['step']: row['loss'] for row in read_metrics(str(model_dir), 'train')}
-
-
-@pytest.fixture(scope='session')
-def straight(workspace):
-  """The uninterrupted run that everything is compared with."""
-  model_dir = workspace / 'straight'
-  process = run(workspace, model_dir)
-  assert process.returncode == 0, process.stderr[-3000:]
-  return model_dir, process
 
 
 def test_a_run_leaves_what_its_user_needs(straight):

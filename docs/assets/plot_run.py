@@ -23,6 +23,7 @@ TRAINING, OVERALL, PART = '#9bb4cc', '#1f4e79', '#c8732d'
 STYLE = {
   'font.family': 'sans-serif',
   'font.size': 10,
+  'svg.fonttype': 'none',  # text stays text
   'svg.hashsalt': 'palm_t5x',  # element names that do not change from run to run
   'axes.spines.top': False,
   'axes.spines.right': False,
@@ -41,24 +42,39 @@ def training_curve(model_dir: str) -> tuple[list[float], list[float]]:
   return list(tokens), [row['bits_per_byte'] for row in rows]
 
 
-def held_out_curves(model_dir: str) -> dict[str, tuple[list[int], list[float]]]:
-  """Task or mixture -> (steps, bits per byte), as evaluated during training."""
-  curves: dict[str, tuple[list[int], list[float]]] = {}
+def held_out_curves(model_dir: str) -> dict[str, dict[int, float]]:
+  """Task -> {step: bits per byte}; a mixture, which sums its tasks up, comes last.
+
+  Evaluations during training read a part of each task, the last one all of it. So that
+  its curve is one, the mixture's is the tasks' mean with the bytes of the last one.
+  """
+  curves: dict[str, dict[int, float]] = {}
+  num_bytes: dict[str, float] = {}
   for row in metric_writers.read_metrics(model_dir):
     kind, _, task = row['split'].partition('/')
     if kind == 'training_eval' and row.get('bits_per_byte') is not None:
-      steps, values = curves.setdefault(task, ([], []))
-      steps.append(row['step'])
-      values.append(row['bits_per_byte'])
+      curves.setdefault(task, {})[row['step']] = row['bits_per_byte']
+      num_bytes[task] = row['bytes']
+  if len(curves) > 1:
+    *tasks, mixture = curves
+    total = sum(num_bytes[task] for task in tasks)
+    curves[mixture] = {
+      step: sum(curves[task][step] * num_bytes[task] / total for task in tasks)
+      for step in curves[mixture]
+    }
   return curves
 
 
 def spread(values: list[float], gap: float) -> list[float]:
-  """The values moved apart so that labels at them do not overlap."""
+  """The values moved apart, up and down alike, so that labels there do not overlap."""
   order = sorted(range(len(values)), key=values.__getitem__)
   placed = list(values)
-  for below, above in itertools.pairwise(order):
-    placed[above] = max(placed[above], placed[below] + gap)
+  for _ in range(200):
+    for low, high in itertools.pairwise(order):
+      lack = gap - (placed[high] - placed[low])
+      if lack > 0:
+        placed[low] -= lack / 2
+        placed[high] += lack / 2
   return placed
 
 
@@ -67,16 +83,15 @@ def draw(model_dir: str, path: str) -> None:
   tokens, training = training_curve(model_dir)
   steps = [row['step'] for row in metric_writers.read_metrics(model_dir, 'train')]
   tokens_at = dict(zip(steps, tokens, strict=True))
-  # A mixture's row sums its tasks up, and is written after them.
   curves = held_out_curves(model_dir)
   overall = next(reversed(curves), None)
   with plt.rc_context(STYLE):
     figure, axes = plt.subplots(figsize=(7.6, 3.9))
     axes.plot(tokens, training, color=TRAINING, linewidth=1.8)
     labels = [('training', training[-1], TRAINING)]
-    for task, (at, values) in curves.items():
-      x = [tokens_at[step] for step in at if step in tokens_at]
-      y = [v for step, v in zip(at, values, strict=True) if step in tokens_at]
+    for task, curve in curves.items():
+      x = [tokens_at[step] for step in curve if step in tokens_at]
+      y = [value for step, value in curve.items() if step in tokens_at]
       colour = OVERALL if task == overall else PART
       width = 2.2 if task == overall else 1.0
       axes.plot(x, y, color=colour, linewidth=width, marker='o', markersize=2 * width)
@@ -98,7 +113,7 @@ def draw(model_dir: str, path: str) -> None:
       )
     axes.set_xlabel('training tokens (millions)')
     axes.set_ylabel('bits per byte')
-    figure.savefig(path, bbox_inches='tight', metadata={'Date': None})
+    figure.savefig(path, bbox_inches='tight', metadata={'Date': None, 'Creator': None})
     plt.close(figure)
 
 

@@ -1,6 +1,7 @@
 """`t5x tasks`: what is registered, and what an example of it looks like."""
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def _list(seqio: Any):
     task = seqio.TaskRegistry.get(name)
     metrics = ', '.join(_metric_names(task)) or 'loss'
     print(f'  {name:24} {", ".join(task.output_features):18} {metrics}')
+    print(f'    {_example_line(task)}')
   print('\n`t5x tasks NAME` shows an example; docs/add_a_dataset.md adds a task.')
 
 
@@ -88,6 +90,17 @@ def _first_example(task: Any, split: str) -> dict[str, Any]:
   except Exception as e:
     reason = str(e).strip().splitlines()[0][:200] if str(e) else type(e).__name__
     raise Failure(f'{task.name} cannot be read: {reason}') from e
+
+
+def _example_line(task: Any, longest: int = 90) -> str:
+  """The beginning of a task's first example, or why there is none, in one line."""
+  splits = [task.splits] if isinstance(task.splits, str) else list(task.splits)
+  try:
+    example = _first_example(task, splits[0])
+  except (UserError, Failure) as e:
+    return f'(no example: {e})'
+  parts = (f'{k}: {_shortened(v, longest)}' for k, v in (example or {}).items())
+  return '  '.join(itertools.islice(parts, 2)) or '(empty)'
 
 
 def _shortened(value: Any, longest: int = 400) -> str:

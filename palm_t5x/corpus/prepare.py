@@ -227,6 +227,11 @@ def learn_vocabulary(
     if vocabulary.exists():
       return vocabulary
     texts = _sample(name, budget)
+    if not any(text.strip() for text in texts):
+      raise errors.UserError(
+        f"'{name}' has no text in its split 'train': there is nothing to learn a "
+        'vocabulary from. Check where it reads its files from.'
+      )
     if progress:
       total = sum(len(text.encode(errors='replace')) for text in texts)
       progress(f'learning {size:,} pieces from {name}', 0, total)

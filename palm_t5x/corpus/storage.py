@@ -52,9 +52,9 @@ def writing(path: str):
     yield
   except (ValueError, OSError) as e:
     text = str(e)
-    if re.search(r'RESOURCE_EXHAUSTED|[Nn]o space left|quota', text):
+    if re.search(r'RESOURCE_EXHAUSTED|[Nn]o space left|quota|File too large', text):
       hint = 'the disk is full: free some space, or name another folder, and run again'
-    elif re.search(r'PERMISSION_DENIED|[Pp]ermission|[Rr]ead-only', text):
+    elif re.search(r'PERMISSION_DENIED|[Pp]ermission|[Rr]ead-only|Not a dir', text):
       hint = 'it cannot be written to: name another folder'
     else:
       hint = text

@@ -145,7 +145,7 @@ def read_manifest(path: str) -> Manifest | None:
 
 
 def _damaged(path: str, what: str) -> errors.Failure:
-  text = ' '.join(what.split())
+  text = ' '.join(what.partition(' [tensorstore_spec=')[0].split())
   return errors.Failure(
     f'The token store at {path} is damaged: {text}. Delete that folder and run again '
     'to have it rebuilt.'

@@ -137,8 +137,10 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     return self._hash or (self.codec and self._hash)
 
   def save_copy(self, path: str) -> None:
-    """Writes the model file's bytes to `path`, such as a run's own folder."""
-    storage.write_bytes(path, storage.read_bytes(self.path))
+    """Makes `path`, such as a file in a run's own folder, equal to the model file."""
+    data = storage.read_bytes(self.path)
+    if storage.read_bytes(path) != data:
+      storage.write_bytes(path, data)
 
   @property
   def bos_id(self) -> int:
