@@ -126,7 +126,7 @@ def main():
     ]
   for name, ours, theirs in pairs:
     print(
-      f'{name:16} {ours / 1e6:8.2f} M tokens/s   SeqIO {theirs / 1e6:6.2f} M tokens/s   '
+      f'{name:16} {ours / 1e6:8.2f} M tokens/s  SeqIO {theirs / 1e6:6.2f} M tokens/s   '
       f'ratio {ours / theirs:.1f}'
     )
 

@@ -3,9 +3,9 @@
     python benchmarks/train_step.py [--sizes 25m,100m] [--modes float32,fast]
 
 Peak and step are measured in turn in this process, so the ratio holds on a machine
-whose speed drifts. FLOPs are those of the model (PaLM App. B): 6N + 12LHQT per token, with no
-discount for causality and none for the optimizer's work. Where the rest goes is shown
-by timing the parts of the step on their own.
+whose speed drifts. FLOPs are those of the model (PaLM App. B): 6N + 12LHQT per token,
+with no discount for causality and none for the optimizer's work. Where the rest goes is
+shown by timing the parts of the step on their own.
 """
 
 import argparse

@@ -123,12 +123,13 @@ def _losses(
     lambda params, batch: model.eval_fn(params, batch)[1],
     in_shardings=(one.shardings, partitioner.data_sharding),
   )
-  results = {}
+  results, all_readers = {}, {}
   for task in plain:
     part = utils.DatasetConfig(
       task, cfg.task_feature_lengths, cfg.split, cfg.eval_batch_size
     )
     readers = datasets.eval_readers(part, model.output_vocabulary, cache_dir, 0)
+    all_readers |= readers
     for name, reader in readers.items():
       results[name] = evaluation.evaluate_loss(
         lambda batch: eval_step(one.params, batch),
@@ -138,7 +139,7 @@ def _losses(
         steps,
       )
   if len(results) > 1:
-    results[cfg.name] = evaluation.combine(results)
+    results[cfg.name] = evaluation.combine(results, all_readers)
   return results
 
 

@@ -71,18 +71,24 @@ def evaluate_loss(
   }
 
 
-def combine(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """Adds up stores: total nats over total tokens, and over total bytes."""
-  tokens = sum(r['tokens'] for r in results.values())
-  num_bytes = sum(r['bytes'] for r in results.values())
-  nats = sum(r['loss'] * r['tokens'] for r in results.values())
-  hits = sum(r['accuracy'] * r['tokens'] for r in results.values())
+def combine(
+  results: Mapping[str, Mapping[str, float]], readers: Mapping[str, EvalReader]
+) -> dict[str, float]:
+  """All stores as one text: each counts by its whole length, however much was read.
+
+  With every store read to its end these are total nats over total tokens and bytes.
+  """
+  tokens = sum(readers[name].num_tokens for name in results)
+  num_bytes = sum(readers[name].num_bytes for name in results)
+  mean = lambda key: (
+    sum(r[key] * readers[name].num_tokens for name, r in results.items()) / tokens
+  )
   return {
-    'loss': nats / tokens,
-    'accuracy': hits / tokens,
-    'bits_per_byte': nats / math.log(2) / num_bytes,
-    'tokens': tokens,
-    'bytes': num_bytes,
+    'loss': mean('loss'),
+    'accuracy': mean('accuracy'),
+    'bits_per_byte': mean('loss') * tokens / math.log(2) / num_bytes,
+    'tokens': sum(r['tokens'] for r in results.values()),
+    'bytes': sum(r['bytes'] for r in results.values()),
   }
 
 

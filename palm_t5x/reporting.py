@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -158,10 +157,8 @@ class Reporter:
       f'Everything is in {folder}: checkpoint_{step}, metrics.jsonl, config.gin, '
       'model-info.txt, TensorBoard events.'
     )
-    files = (
-      ' '.join(a for a in sys.argv if a.startswith('--gin_file')) or '--gin_file=...'
-    )
-    here = f'{files} --gin.MODEL_DIR={folder}'
+    # config.gin is the whole configuration, overrides of this run included.
+    here = f'--gin_file={folder}/config.gin'
     self.say('Next:')
     self.say(f"  t5x complete {here} 'def main('")
     self.say(f'  t5x train {here} --gin.TRAIN_STEPS={2 * step}    # go on')

@@ -143,7 +143,7 @@ class TrainingRun:
       for name, reader in self._readers.items()
     }
     if len(results) > 1:
-      results[self._eval_cfg.name] = evaluation.combine(results)
+      results[self._eval_cfg.name] = evaluation.combine(results, self._readers)
     return results
 
   def finish(

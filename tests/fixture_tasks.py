@@ -72,6 +72,7 @@ if 'fixture_text' not in seqio.TaskRegistry.names():
   seqio.MixtureRegistry.add(
     'fixture_mixture', [('fixture_prose', 70), ('fixture_code', 30)]
   )
+  sources.add_text_task('fixture_empty', sources.DocumentSource(lambda split: ()))
   for _name, _metrics in (
     ('fixture_sums', [accuracy]),
     ('fixture_scored_sums', [mean_score]),

@@ -1,7 +1,7 @@
 """The first thing a user runs, whole: palm_tiny on this machine's own text.
 
-Slow (five to ten minutes). What it must reach is relative to n-gram models over the same
-vocabulary and the same held-out text, every token and byte counted.
+Slow (five to ten minutes). What it must reach is relative to n-gram models over the
+same vocabulary and the same held-out text, every token and byte counted.
 """
 
 import os
