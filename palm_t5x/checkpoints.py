@@ -145,7 +145,7 @@ def _check_shapes(folder: pathlib.Path, wanted: dict[str, tuple[int, ...]]):
   stored = {n: s for n, s in stored.items() if n.split('/')[0] in roots}
   differences = [
     f'{name} is {stored.get(name, "absent")} there, {wanted.get(name, "absent")} here'
-    for name in sorted(stored.keys() | wanted.keys())
+    for name in sorted(stored.keys() | wanted.keys(), reverse=True)  # target/ first
     if stored.get(name) != wanted.get(name)
   ]
   if differences:

@@ -87,7 +87,7 @@ def _forward_row(q_XK, k_SK, v_SK):
     top = jnp.max(s, axis=1, keepdims=True)
     p = jnp.exp(s - top)
     total = jnp.sum(p, axis=1, keepdims=True)
-    outs.append(_dot(p, v_SK[:keys], _NN) / total)
+    outs.append(_dot(p.astype(v_SK.dtype), v_SK[:keys], _NN) / total)
     logsums.append((top + jnp.log(total))[:, 0])
   return jnp.concatenate(outs), jnp.concatenate(logsums)
 
@@ -95,46 +95,49 @@ def _forward_row(q_XK, k_SK, v_SK):
 def _backward_row(q_XK, k_SK, v_SK, out_XK, logsum_X, g_XK):
   """Gradients of one row. Scores are made again, transposed, so that no dot is slow."""
   delta_X = jnp.sum(out_XK * g_XK, axis=1)
-  dq, dk, dv = [], jnp.zeros_like(k_SK), jnp.zeros_like(v_SK)
+  g_XK = g_XK.astype(q_XK.dtype)
+  dq, dk, dv = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_SK, v_SK))
   for rows, keys, seen in _blocks(q_XK, k_SK):
     q, g, k = q_XK[rows], g_XK[rows], k_SK[:keys]
     s = _dot(k, q, _NT).reshape(keys, len(seen), -1)
     s = jnp.where(seen.T[:, :, None], s, NEG_INF).reshape(keys, -1)
     p = jnp.exp(s - logsum_X[rows])
     ds = p * (_dot(v_SK[:keys], g, _NT) - delta_X[rows])
+    p, ds = p.astype(q.dtype), ds.astype(q.dtype)
     dv = dv.at[:keys].add(_dot(p, g, _NN))
     dk = dk.at[:keys].add(_dot(ds, q, _NN))
     dq.append(_transpose(_dot(_transpose(k), ds, _NN)))
   return jnp.concatenate(dq), dk, dv
 
 
-@jax.custom_vjp
-def _attend(q_YXK, k_YSK, v_YSK):
-  return _attend_fwd(q_YXK, k_YSK, v_YSK)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q_YXK, k_YSK, v_YSK, operand_dtype):
+  return _attend_fwd(q_YXK, k_YSK, v_YSK, operand_dtype)[0]
 
 
-def _attend_fwd(q_YXK, k_YSK, v_YSK):
-  args = (q_YXK, k_YSK, v_YSK)
+def _attend_fwd(q_YXK, k_YSK, v_YSK, operand_dtype):
+  args = tuple(x.astype(operand_dtype) for x in (q_YXK, k_YSK, v_YSK))
   out, logsum = lax.map(lambda row: _forward_row(*row), args)
   return out, (*args, out, logsum)
 
 
-def _attend_bwd(saved, g_YXK):
+def _attend_bwd(operand_dtype, saved, g_YXK):
   return lax.map(lambda row: _backward_row(*row), (*saved, g_YXK))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def causal_attention(q_BTHK, k_BTGK, v_BTGK):
-  """softmax(q k / sqrt(K)) v under a causal mask, fp32, in O(T) memory.
+def causal_attention(q_BTHK, k_BTGK, v_BTGK, operand_dtype):
+  """softmax(q k / sqrt(K)) v under a causal mask, fp32 result, in O(T) memory.
 
   Rows and key heads go one by one, query blocks within them; the backward pass computes
-  the scores again from their log-sums. Any group size H/G.
+  the scores again from their log-sums. Any group size H/G. Operands of the products are
+  rounded to `operand_dtype`; the softmax is fp32.
   """
   B, T, H, K = q_BTHK.shape
   G = k_BTGK.shape[2]
   q = (q_BTHK * (1.0 / math.sqrt(K))).reshape(B, T, G, H // G, K)
   by_head = lambda x: jnp.moveaxis(x, 2, 1).reshape(B * G, -1, K)
-  out = _attend(by_head(q), by_head(k_BTGK), by_head(v_BTGK))
+  out = _attend(by_head(q), by_head(k_BTGK), by_head(v_BTGK), operand_dtype)
   return jnp.moveaxis(out.reshape(B, G, T, H // G, K), 1, 2).reshape(B, T, H, K)

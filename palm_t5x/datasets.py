@@ -65,6 +65,7 @@ class TrainDataset:
       vocabulary,
       cache_dir,
       seed=seed,
+      use_cached=utils.uses_cache(cfg),
       progress=PrepareProgress(),
     )
     self.reader = _train_reader(self.stores, cfg, seed)
@@ -114,7 +115,13 @@ def eval_readers(
   """One sequential reader per task of a validation mixture."""
   provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
   stores = prepare.prepare(
-    provider, cfg.split, vocabulary, cache_dir, seed=seed, progress=PrepareProgress()
+    provider,
+    cfg.split,
+    vocabulary,
+    cache_dir,
+    seed=seed,
+    use_cached=utils.uses_cache(cfg),
+    progress=PrepareProgress(),
   )
   return {name: _eval_reader(store, cfg) for name, store, _ in stores}
 

@@ -175,8 +175,7 @@ def temperature_sample(
     log-probabilities), likeliest last.
   """
   B, T = inputs.shape
-  if decode_rng is None:
-    decode_rng = jax.random.key(0)
+  decode_rng = jax.random.key(0) if decode_rng is None else decode_rng
   if max_decode_steps is not None and max_decode_steps_hard_limit:
     max_decode_steps = jnp.minimum(max_decode_steps, max_decode_steps_hard_limit)
   first, last = _limits(inputs, initial_index, max_decode_steps)

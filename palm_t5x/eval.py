@@ -69,11 +69,12 @@ def evaluate(
     one = restore_params(model, partitioner, restore_checkpoint_cfg, folder)
     if folder == folders[0]:
       utils.verify_matching_vocabs(dataset_cfg, model)
-      summarize_config_fn(output_dir, None, one.step)
     results = _losses(model, dataset_cfg, partitioner, one, cache_dir, eval_steps)
     results |= _task_metrics(
       model, dataset_cfg, partitioner, one, inference_evaluator_cls, output_dir
     )
+    if folder == folders[0]:
+      summarize_config_fn(output_dir, None, one.step)
     if jax.process_index() == 0:
       _write(output_dir, one, results)
   return results

@@ -7,6 +7,7 @@ two functions it wants, `predict_fn` and `score_fn`, and keeps clear of its two 
 """
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import EvalReader
 from palm_t5x.errors import Failure, disk_problem
 from palm_t5x.metrics import sum_metrics
+
+logger = logging.getLogger(__name__)
 
 
 def pad_rows(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
@@ -121,13 +124,19 @@ class TaskEvaluator:
       mixture_or_task_name=cfg.name,
       feature_converter=converter,
       eval_split=cfg.split,
-      use_cached=cfg.use_cached,
+      use_cached=utils.uses_cache(cfg),
       seed=cfg.seed if cfg.seed is not None else 42,
       sequence_length=cfg.task_feature_lengths,
       log_dir=log_dir,
       use_memory_cache=cfg.use_memory_cache,
     )
     self.names = [t.name for t in self._evaluator.eval_tasks]
+    if not self.names:
+      logger.warning(
+        'no task of %s has both metrics and a split %r: no metrics are computed.',
+        cfg.name,
+        cfg.split,
+      )
     data = partitioner.data_sharding
     self._predict = partitioner.partition(
       lambda params, batch, rng: model.predict_batch(params, batch, rng),

@@ -185,7 +185,7 @@ def _examples(
     None if prompts else (lengths or None),
     cfg.split,
     shuffle=False,
-    use_cached=cfg.use_cached,
+    use_cached=utils.uses_cache(cfg),
     seed=cfg.seed or 0,
   ).shard(num_shards, shard_id)
   eos = model.output_vocabulary.eos_id

@@ -50,6 +50,11 @@ def _contract(x, w, dims, out):
   return lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=out)
 
 
+def operand_dtype(mode):
+  """What a mode rounds the operands of matrix products to."""
+  return jnp.float32 if mode == 'float32' else jnp.bfloat16
+
+
 def project(x, w, mode, contract=1):
   """Contracts the last `contract` axes of x with the first of w.
 
@@ -61,37 +66,40 @@ def project(x, w, mode, contract=1):
     dims = (tuple(range(len(lead), x.ndim)), tuple(range(contract)))
     return _contract(x.astype(mode), w.astype(mode), dims, jnp.bfloat16)
   size = math.prod(w.shape[:contract])
-  operands = jnp.bfloat16 if mode == 'fast' else jnp.float32
-  y = cpu_kernels.matmul(x.reshape(-1, size), w.reshape(size, -1), operands)
+  y = cpu_kernels.matmul(x.reshape(-1, size), w.reshape(size, -1), operand_dtype(mode))
   return y.reshape(*lead, *tail)
 
 
-def project_split(x, w, widths, mode):
+def _one_matmul(x, w_rows, mode):
+  """Whether a fused kernel is used whole: on accelerators, and for a few tokens."""
+  return mode == 'bfloat16' or math.prod(x.shape[:2]) <= w_rows
+
+
+def project_split(x_BTD, w, widths, mode):
   """`project`, its last axis split into `widths`: q and the MLP branches of a block.
 
   One matmul on accelerators. On CPU one for each slice of the kernel: what is then
   never split, and in the backward pass never put together, is the activations.
   """
   cuts = list(itertools.accumulate(widths))[:-1]
-  if mode == 'bfloat16':
-    return jnp.split(project(x, w, mode), cuts, axis=-1)
-  return [project(x, part, mode) for part in jnp.split(w, cuts, axis=-1)]
+  if _one_matmul(x_BTD, w.shape[0], mode):
+    return jnp.split(project(x_BTD, w, mode), cuts, axis=-1)
+  return [project(x_BTD, part, mode) for part in jnp.split(w, cuts, axis=-1)]
 
 
 def project_joined(parts, w_HFD, mode):
-  """Heads' parts [.., H, f_i], side by side, times w: the block's output projection."""
-  if mode == 'bfloat16':
+  """Heads' parts [B, T, H, f_i], side by side, times w: the output projection."""
+  if _one_matmul(parts[0], w_HFD.shape[-1], mode):
     return project(jnp.concatenate(parts, axis=-1), w_HFD, mode, contract=2)
   cuts = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
   kernels = jnp.split(w_HFD, cuts, axis=-2)
-  return sum(
-    project(part, w, mode, contract=2) for part, w in zip(parts, kernels, strict=True)
-  )
+  pairs = zip(parts, kernels, strict=True)
+  return sum(project(part, w, mode, contract=2) for part, w in pairs)
 
 
 def fp32_logits(x, embedding_VD, mode):
   """x @ embedding.T as fp32, in every mode; operands are rounded as the mode says."""
-  operands = jnp.float32 if mode == 'float32' else jnp.bfloat16
+  operands = operand_dtype(mode)
   dims = ((x.ndim - 1,), (1,))
   return _contract(x.astype(operands), embedding_VD.astype(operands), dims, jnp.float32)
 
@@ -153,11 +161,12 @@ def _einsum(spec, a, b):
   return lax.platform_dependent(a, b, cpu=up, default=run)
 
 
-def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla'):
+def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla', mode='float32'):
   """softmax(q k / sqrt(K)) v with fp32 softmax; [B, T, H, K] in q's dtype.
 
   Query head h reads key head h // (H/G). `mask_BTS` None means causal (T == S).
-  kernel: 'xla', or 'cudnn' (GPU only, bf16), the same function.
+  kernel: 'xla', 'cudnn' (GPU only, bf16), or 'blocked' (CPU; where it applies: plain
+  causal, and on one device, for it loops over the batch). All are the same function.
   """
   (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
   if kernel == 'cudnn':
@@ -165,8 +174,9 @@ def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla'):
     return jax.nn.dot_product_attention(
       q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation='cudnn'
     )
-  if kernel == 'blocked' and mask_BTS is None:
-    out = cpu_kernels.causal_attention(q_BTHK, k_BSGK, v_BSGK)
+  on_one_device = jax.sharding.get_abstract_mesh().size <= 1
+  if kernel == 'blocked' and mask_BTS is None and on_one_device:
+    out = cpu_kernels.causal_attention(q_BTHK, k_BSGK, v_BSGK, operand_dtype(mode))
     return checkpoint_name(out, 'attention')
   if mask_BTS is None:
     mask_BTS = jnp.tril(jnp.ones((1, T, S), bool))

@@ -16,17 +16,7 @@ from palm_t5x import layers, parameters
 from palm_t5x.network_config import REMAT_POLICIES, TransformerConfig
 from palm_t5x.parameters import param_logical_axes
 
-__all__ = [
-  'Block',
-  'Context',
-  'Decoder',
-  'DecoderWrapper',
-  'Norm',
-  'TransformerConfig',
-  'init_cache',
-  'output_embedding',
-  'param_logical_axes',
-]
+__all__ = ['Decoder', 'DecoderWrapper', 'TransformerConfig', 'param_logical_axes']
 
 
 def output_embedding(params, config):
@@ -124,7 +114,7 @@ class Block(nn.Module):
     if cache is not None:
       new = {'k': k, 'v': v}
       k, v = (jnp.concatenate([cache[n].astype(q.dtype), new[n]], 1) for n in 'kv')
-    return layers.attention(q, k, v, context.mask, cfg.kernel), new
+    return layers.attention(q, k, v, context.mask, cfg.kernel, cfg.mode), new
 
 
 class Decoder(nn.Module):

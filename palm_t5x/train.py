@@ -95,7 +95,6 @@ def train(
     UserError: for anything that a change of configuration mends.
     Failure: if data or disk fail; earlier checkpoints stay as they are.
   """
-  del gc_period
   if use_hardware_rng:
     jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
   seed = random_seed or 0
@@ -105,14 +104,7 @@ def train(
     model, train_dataset_cfg, evals, partitioner, model_dir, cache_dir
   )
   initializer = TrainStateInitializer(
-    model,
-    partitioner,
-    {
-      'decoder_input_tokens': (
-        train_dataset_cfg.batch_sizes[0],
-        train_dataset_cfg.length,
-      )
-    },
+    model, partitioner, train_dataset_cfg.input_shapes
   )
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
   checkpointer = checkpoints.Checkpointer(model_dir, save_cfg.keep, save_cfg.dtype)
@@ -151,11 +143,9 @@ def train(
       infer_eval_dataset_cfg, initializer, inference_evaluator_cls, model_dir
     )
     # Only now, when nothing is left to refuse: a mistake changes no file of the run.
-    _describe_run(model, model_dir, initializer, state, partitioner)
-    summarize_config_fn(model_dir, None, start)
+    _describe_run(model, model_dir, initializer, state, summarize_config_fn)
     if run_eval_before_training and start == 0:
       run.evaluate(0)
-    stats_period = stats_period or max(1, total_steps // 100)
     stopped = train_loop(run, start, total_steps, save_cfg, eval_period, stats_period)
     return run.finish(stopped, sample_prompts, sampling)
 
@@ -217,11 +207,12 @@ def prepare_run(
   return model_dir
 
 
-def _describe_run(model, model_dir, initializer, state, partitioner):
-  """model-info.txt, and a copy of the vocabulary that the run needs for good."""
+def _describe_run(model, model_dir, initializer, state, summarize_config_fn):
+  """config.gin, model-info.txt, and the vocabulary, which the run needs for good."""
   run_dir.write_model_info(
-    model_dir, state.params, initializer.axes.params, partitioner
+    model_dir, state.params, initializer.axes.params, initializer.partitioner
   )
+  summarize_config_fn(model_dir, None, int(state.step))
   vocabulary = model.output_vocabulary
   if jax.process_index() == 0 and hasattr(vocabulary, 'save_copy'):
     vocabulary.save_copy(os.path.join(model_dir, VOCABULARY_COPY))
@@ -250,7 +241,7 @@ def train_loop(
   stop: int,
   save_cfg: utils.SaveCheckpointConfig,
   eval_period: int | None,
-  stats_period: int,
+  stats_period: int | None,
 ) -> str | None:
   """Updates `start` ... `stop`, with hooks between them.
 
@@ -261,7 +252,7 @@ def train_loop(
     return None
   signals = hooks.SignalHook()
   run.reporter.say(f'Compiling the train step, then steps {start + 1:,} to {stop:,}.')
-  stats = hooks.StatsHook(stats_period, stop, run.write_stats)
+  stats = hooks.StatsHook(stats_period or max(1, stop // 100), stop, run.write_stats)
   between_steps = [
     stats,
     hooks.periodically(eval_period, run.evaluate, never_at=stop),
@@ -332,5 +323,6 @@ def _from_checkpoint(
     state = TrainState(fresh.step, params, fresh.opt_state)
   else:
     state = TrainState.from_tree(checkpoints.load(folder, abstract.to_tree()))
-  logger.info('started from %s (step %d).', folder, int(state.step))
+  kept = 'a fresh optimizer' if restore.reset_optimizer else 'its optimizer state'
+  logger.info('started from %s with %s, at step %d.', folder, kept, int(state.step))
   return state, datasets.Position(step=int(state.step))

@@ -8,6 +8,7 @@ dropped at the Gin boundary (palm_t5x.gin_utils), not here.
 
 import dataclasses
 import importlib
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from palm_t5x.errors import UserError
 from palm_t5x.schedules import create_learning_rate_scheduler
 
 __all__ = ['create_learning_rate_scheduler']
+
+logger = logging.getLogger(__name__)
 
 BatchSize = int | Sequence[tuple[int, int]]
 
@@ -32,8 +35,8 @@ class DatasetConfig:
     batch_size: sequences per step; for training also ((first step, size), ...).
     shuffle: accepted for T5X; training order is always a seeded permutation.
     seed: of the data order; None means the run's RANDOM_SEED.
-    use_cached: SeqIO's own cache for evaluation, if it exists; training reads token
-      stores in any case.
+    use_cached: read SeqIO's own cache where there is one; training reads token stores
+      in any case, which are then made from it.
     pack: pack several examples into a row (inputs + targets tasks).
     module: accepted for T5X's MIXTURE_OR_TASK_MODULE: imported for its registrations.
     use_memory_cache: keep an evaluation task's examples in memory.
@@ -55,7 +58,7 @@ class DatasetConfig:
 
   def __post_init__(self):
     if self.module:
-      importlib.import_module(self.module)
+      _import(self.module)
     for size in self.batch_sizes:
       if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(
@@ -102,6 +105,11 @@ class DatasetConfig:
     return int(lengths['targets'])
 
   @property
+  def input_shapes(self) -> dict[str, tuple[int, int]]:
+    """Of a training batch, for a model that initialises by them."""
+    return {'decoder_input_tokens': (self.batch_sizes[0], self.length)}
+
+  @property
   def inputs_and_targets(self) -> tuple[int, int]:
     """Tokens kept of an example's inputs and of its targets; a row holds both.
 
@@ -115,6 +123,23 @@ class DatasetConfig:
         'say how long they are: bind for example {"inputs": 512, "targets": 128}.'
       )
     return int(lengths['inputs']), targets
+
+
+def _import(module: str):
+  """Imports a module for its registrations (MIXTURE_OR_TASK_MODULE).
+
+  Raises:
+    UserError: if there is none of that name.
+  """
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if not module.startswith(e.name or module):
+      raise  # it is there, and what it imports is not
+    raise UserError(
+      f'MIXTURE_OR_TASK_MODULE={module!r}: there is no such module on the Python path '
+      f'or in {os.getcwd()}.'
+    ) from e
 
 
 def _are_lengths(value: Any) -> bool:
@@ -236,6 +261,28 @@ def check_split(cfg: DatasetConfig) -> list[Any]:
   return [t for t, _ in prepare.tasks_and_weights(cfg.mixture_or_task_name, cfg.split)]
 
 
+_without_cache: set[str] = set()  # tasks that the user has been told about
+
+
+def uses_cache(cfg: DatasetConfig) -> bool:
+  """Whether SeqIO's cache is read: USE_CACHED_TASKS is set and there is one.
+
+  T5X sets it by default and fails where there is none; here that is said once.
+  """
+  if not cfg.use_cached:
+    return False
+  missing = [task.name for task in check_split(cfg) if not task.cache_dir]
+  new = [name for name in missing if name not in _without_cache]
+  if new:
+    _without_cache.update(new)
+    logger.info(
+      'USE_CACHED_TASKS=True, but SeqIO has no cache of %s: read from the source, and '
+      'from token stores in training.',
+      ', '.join(new),
+    )
+  return not missing
+
+
 def verify_matching_vocabs(cfg: DatasetConfig, model: Any):
   """Checks that data and model speak the same vocabulary (T5X's check, always on).
 
@@ -316,7 +363,7 @@ def get_dataset(
     shuffle=cfg.shuffle,
     num_epochs=num_epochs,
     shard_info=seqio.ShardInfo(shard_id, num_shards),
-    use_cached=cfg.use_cached,
+    use_cached=uses_cache(cfg),
     seed=cfg.seed,
     batch_size=None,
   )

@@ -12,6 +12,7 @@ import resource
 import shutil
 
 import fixture_tasks
+import jax
 import pytest
 import runs
 
@@ -74,12 +75,13 @@ MISTAKES = [
   (
     'train',
     ['network.TransformerConfig.emb_dim=32', MORE],
-    'of another model|(512, 64) there, (512, 32) here|another MODEL_DIR',
+    'of another model|target/layers/q_wi_fused is (2, 64, 2, 160) there, (2, 32, 2, '
+    '160) here|another MODEL_DIR',
   ),
   (
     'train',
     ['network.TransformerConfig.num_layers=3', MORE],
-    '(2, 64, 1, 64) there, (3, 64, 1, 64) here',
+    'target/layers/q_wi_fused is (2, 64, 2, 160) there, (3, 64, 2, 160) here',
   ),
   ('eval', ['network.TransformerConfig.mlp_dim=64'], 'of another model|q_wi_fused'),
   (
@@ -113,6 +115,13 @@ MISTAKES = [
   ('train', ['MIXTURE_OR_TASK_NAME=fixture_txt'], "Did you mean 'fixture_text'"),
   ('eval', ['EVAL_MIXTURE_OR_TASK_NAME=sums'], "no task or mixture 'sums'|t5x tasks"),
   ('train', ['MIXTURE_OR_TASK_NAME=fixture_empty'], "'fixture_empty' has no text"),
+  ('eval', ['EVAL_SPLIT=validation[:5]'], "'validation[:5]'|Use 'validation'"),
+  ('infer', ['INFER_SPLIT=train[:9]', *SUMS], "'train[:9]'|Use 'train'"),
+  (
+    'train',
+    ['train/utils.DatasetConfig.module=my_taskz', MORE],
+    "MIXTURE_OR_TASK_MODULE='my_taskz'|no such module",
+  ),
   ('eval', ['EVAL_SPLIT=test'], "no split 'test'|train, validation"),
   ('infer', ['INFER_SPLIT=test', *SUMS], "no split 'test'|train, validation"),
   ('infer', ['infer.mode=generate', *SUMS], "mode='generate'|predict, score"),
@@ -328,11 +337,15 @@ def test_a_damaged_token_store(workspace, straight, copy, tmp_path, damage):
 def no_file_beyond(size):
   """Inside the block no file of this process can be longer than `size` bytes."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # jax would leave the beginnings of programs in the cache that all tests share.
+  written_from = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', written_from)
 
 
 def _checkpoints(folder: pathlib.Path) -> dict[str, str]:
@@ -388,6 +401,7 @@ def test_no_room_for_predictions(workspace, straight, tmp_path):
   bindings = (
     "INFER_TASK_FEATURE_LENGTHS={'inputs': 20, 'targets': 4}",
     f'INFER_OUTPUT_DIR={tmp_path}',
+    'INFER_BATCH_SIZE=64',
   )
   with no_file_beyond(16_000):
     done = runs.here(workspace, 'infer', straight[0], *bindings)
@@ -399,12 +413,14 @@ def test_no_room_for_predictions(workspace, straight, tmp_path):
   assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize('task', ['fixture_text', 'fixture_sums'])
-def test_no_room_for_results(workspace, straight, tmp_path, task):
+@pytest.mark.parametrize(
+  ('task', 'length'), [('fixture_text', 64), ('fixture_sums', 6)]
+)
+def test_no_room_for_results(workspace, straight, tmp_path, task, length):
   bindings = (
     f'EVAL_MIXTURE_OR_TASK_NAME={task}',
     f'EVAL_OUTPUT_DIR={tmp_path}',
-    "EVAL_TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 64}",
+    f"EVAL_TASK_FEATURE_LENGTHS={{'inputs': 12, 'targets': {length}}}",
   )
   place = tmp_path / 'inference_eval'
   place.mkdir()

@@ -65,6 +65,14 @@ def test_a_run_needs_nothing_outside_its_folder(workspace, straight, complete):
   assert done.out == expected
 
 
+def test_bytes_that_are_no_text(complete, monkeypatch):
+  expected = complete('caf\ufffd').out
+  assert complete('caf\udce9').out == expected  # as the system hands over b'caf\xe9'
+  latin = io.TextIOWrapper(io.BytesIO(b'caf\xe9'), encoding='ascii')
+  monkeypatch.setattr(sys, 'stdin', latin)
+  assert complete('-').out == expected
+
+
 @pytest.mark.parametrize('words', [(), ('',), ('-',)])
 def test_no_prompt(complete, monkeypatch, words):
   monkeypatch.setattr(sys, 'stdin', io.StringIO(''))

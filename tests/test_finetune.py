@@ -39,7 +39,10 @@ def tuned(workspace, straight, tmp_path_factory):
       f'TRAIN_STEPS={step}',
     )
     assert done.code == 0, done.err
-    assert f'checkpoint_{runs.STEPS} (step {0 if reset else 12})' in done.err
+    kept = (
+      'a fresh optimizer, at step 0' if reset else 'its optimizer state, at step 12'
+    )
+    assert f'checkpoint_{runs.STEPS} with {kept}' in done.err
     found[reset] = runs.arrays(folder / str(reset) / f'checkpoint_{step}')
   return folder, found
 

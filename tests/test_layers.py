@@ -103,18 +103,35 @@ def test_fast_mode_rounds_operands_and_nothing_else():
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+@pytest.mark.parametrize('length', [2, 12])  # fewer and more tokens than D = 8
 @pytest.mark.parametrize('mode', ['float32', 'fast', 'bfloat16'])
-def test_split_and_joined_projections_are_the_fused_ones(mode):
-  x, w = normal(0, 2, 3, 8), normal(1, 8, 4, 10)
-  parts = layers.project_split(jnp.asarray(x), jnp.asarray(w), [4, 3, 3], mode)
-  fused = np.einsum('btd,dhf->bthf', x, w)
-  tolerance = 1e-5 if mode == 'float32' else 0.2
-  assert [p.shape[-1] for p in parts] == [4, 3, 3]
-  np.testing.assert_allclose(np.concatenate(parts, -1), fused, atol=tolerance)
-  out = normal(2, 4, 10, 8)
-  joined = layers.project_joined(parts, jnp.asarray(out), mode)
-  want = np.einsum('bthf,hfd->btd', np.concatenate(parts, -1), out)
-  np.testing.assert_allclose(joined, want, atol=tolerance * 10)
+def test_split_and_joined_projections_are_the_fused_ones(mode, length):
+  x, w, out = normal(0, 2, length, 8), normal(1, 8, 4, 10), normal(2, 4, 10, 8)
+
+  def both(x, w, out):
+    parts = layers.project_split(x, w, [4, 3, 3], mode)
+    assert [p.shape[-1] for p in parts] == [4, 3, 3]
+    return layers.project_joined(parts, out, mode).astype(jnp.float32)
+
+  fused = lambda x, w, out: np.einsum(
+    'bthf,hfd->btd', np.einsum('btd,dhf->bthf', x, w), out
+  )
+  tolerance = 1e-4 if mode == 'float32' else 1.0
+  got, vjp = jax.vjp(both, *map(jnp.asarray, (x, w, out)))
+  np.testing.assert_allclose(got, fused(x, w, out), atol=tolerance)
+  g = normal(3, 2, length, 8)
+  dx, dw, dout = vjp(jnp.asarray(g))
+  dparts = np.einsum('btd,hfd->bthf', g, out)
+  np.testing.assert_allclose(
+    dx, np.einsum('bthf,dhf->btd', dparts, w), atol=2 * tolerance
+  )
+  np.testing.assert_allclose(
+    dw, np.einsum('btd,bthf->dhf', x, dparts), atol=2 * tolerance
+  )
+  parts = np.einsum('btd,dhf->bthf', x, w)
+  np.testing.assert_allclose(
+    dout, np.einsum('bthf,btd->hfd', parts, g), atol=2 * tolerance
+  )
 
 
 def by_hand(q, k, v, seen):
@@ -138,6 +155,20 @@ def test_causal_attention(kernel, kv_heads, length):
   seen = np.tril(np.ones((length, length), bool))
   for b in range(2):
     np.testing.assert_allclose(got[b], by_hand(q[b], k[b], v[b], seen), atol=1e-5)
+
+
+def test_fast_blocked_attention_rounds_operands():
+  q, k, v = normal(0, 1, 64, 4, 8), normal(1, 1, 64, 1, 8), normal(2, 1, 64, 1, 8)
+
+  def run(mode):
+    attend = lambda *qkv: layers.attention(*qkv, kernel='blocked', mode=mode)
+    out, vjp = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    return out, *vjp(jnp.ones_like(out))
+
+  for got, want in zip(run('fast'), run('float32'), strict=True):
+    assert got.dtype == jnp.float32
+    error = np.abs(np.asarray(got) - np.asarray(want)).max()
+    assert 0 < error < 0.02 * np.abs(np.asarray(want)).max()
 
 
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])

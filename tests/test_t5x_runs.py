@@ -103,6 +103,7 @@ include 't5x/configs/runs/finetune.gin'
 
 MIXTURE_OR_TASK_NAME = 'fixture_sums'
 TASK_FEATURE_LENGTHS = {'inputs': 12, 'targets': 6}
+USE_CACHED_TASKS = True  # T5X's default
 TRAIN_STEPS = 6  # 4 of pre-training, and 2
 INITIAL_CHECKPOINT_PATH = 'runs/pre/checkpoint_4'
 BATCH_SIZE = 8
@@ -254,7 +255,8 @@ def test_finetuning_with_task_metrics(home, pretrained, tuned):
   assert all(0 <= row['accuracy'] <= 100 for row in evaluated)
   lines = runs.json_lines(run / 'inference_eval' / 'fixture_sums-000006.jsonl')
   assert len(lines) == len(list(fixture_tasks.sums('validation')))
-  assert 'started from' in tuned.err and 'checkpoint_4 (step 4)' in tuned.err
+  assert 'checkpoint_4 with its optimizer state, at step 4' in tuned.err
+  assert tuned.err.count('SeqIO has no cache of fixture_sums') == 1
 
 
 def test_finetuning_goes_on_with_the_optimizer(home, tuned):

@@ -46,7 +46,9 @@ def complete(
   """
   text = prompt if isinstance(prompt, str) else ' '.join(prompt)
   if text == '-':
-    text = sys.stdin.read()
+    text = _stdin()
+  # Bytes of the command line that are no UTF-8 come as half surrogate pairs.
+  text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
   if not text:
     raise UserError("no prompt: t5x complete --gin_file=... 'Once upon a time'")
   config = generation.SamplingConfig(
@@ -66,3 +68,10 @@ def complete(
     pieces.append(piece)
   print()
   return [''.join(pieces)]
+
+
+def _stdin() -> str:
+  """Standard input as text; what is no UTF-8 becomes U+FFFD, as in training data."""
+  if hasattr(sys.stdin, 'reconfigure'):
+    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
+  return sys.stdin.read()

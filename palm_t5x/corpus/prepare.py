@@ -46,6 +46,11 @@ def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
   provider = mixture_or_task(name)
   base = split.split('[')[0]
   chosen = [task for task in seqio.get_subtasks(provider) if base in task.splits]
+  if base != split and not all(_can_slice(task.source) for task in chosen):
+    raise errors.UserError(
+      f"'{provider.name}' has no split '{split}': parts of a split can be had of TFDS "
+      f"data only. Use '{base}'."
+    )
   if not chosen:
     known = ', '.join(sorted(provider.splits))
     raise errors.UserError(f"'{provider.name}' has no split '{split}': it has {known}.")
@@ -59,6 +64,10 @@ def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
       'numbers, or cache its tasks with seqio_cache_tasks.'
     ) from e
   return [(task, weight) for task, weight in weighted if weight > 0]
+
+
+def _can_slice(source: seqio.DataSource) -> bool:
+  return isinstance(source, seqio.TfdsDataSource)
 
 
 def store_path(
