@@ -14,6 +14,9 @@ import os
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+from palm_t5x import environment
+
+environment.keep_freed_memory()  # as the t5x command does
 
 import jax
 import jax.numpy as jnp

@@ -231,11 +231,10 @@ def temperature_sample(
   state = lax.while_loop(lambda s: ~jnp.all(s.ended), body, state)
   if state_callback_fn is not None:
     state = state_callback_fn(state)
-  tokens = state.sequences[:, 1:].reshape(B, num_decodes, T)
   log_prob = state.log_prob.reshape(B, num_decodes)
   order = jnp.argsort(log_prob, axis=1)
-  tokens = jnp.take_along_axis(tokens, order[:, :, None], axis=1)
-  return tokens, jnp.take_along_axis(log_prob, order, axis=1)
+  by_score = lambda x: jax.vmap(lambda row, index: row[index])(x, order)
+  return by_score(state.sequences[:, 1:].reshape(B, num_decodes, T)), by_score(log_prob)
 
 
 def brevity_penalty(alpha, length):

@@ -113,8 +113,8 @@ def _documents(split: str):
   documents = [entry for path in _files() for entry in _read(path)]
   if not any(text.strip() for _, text in documents):
     raise errors.UserError(
-      f"TEXT_FILES = '{','.join(_patterns)}' matches {len(_files())} file(s), and there "
-      'is no text in them: name others.'
+      f"TEXT_FILES = '{','.join(_patterns)}' matches {len(_files())} file(s), and "
+      'there is no text in them: name others.'
     )
   wanted = split == 'validation'
   if len(documents) >= _VALIDATION_SHARE:

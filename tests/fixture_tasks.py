@@ -3,7 +3,8 @@
 A Gin file imports this module by its name (`import fixture_tasks`) where tests/ is on
 the Python path. Registers `fixture_text` (prose, code and sessions; train and
 validation), `fixture_mixture` of two parts of it, and, supervised, `fixture_sums` (its
-metric is of predictions) and `fixture_scored_sums` (its metric is of scores).
+metric is of predictions) and `fixture_scored_sums` (its metric is of scores); and, for
+mistakes, `fixture_empty` and `fixture_bytes`, whose vocabulary is not the model's.
 """
 
 import functools
@@ -71,6 +72,13 @@ if 'fixture_text' not in seqio.TaskRegistry.names():
     )
   seqio.MixtureRegistry.add(
     'fixture_mixture', [('fixture_prose', 70), ('fixture_code', 30)]
+  )
+  seqio.TaskRegistry.add(
+    'fixture_bytes',
+    source=sources.DocumentSource(sums),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
+    metric_fns=[accuracy],
   )
   sources.add_text_task('fixture_empty', sources.DocumentSource(lambda split: ()))
   for _name, _metrics in (

@@ -115,6 +115,13 @@ MISTAKES = [
   ('train', ['MIXTURE_OR_TASK_NAME=fixture_txt'], "Did you mean 'fixture_text'"),
   ('eval', ['EVAL_MIXTURE_OR_TASK_NAME=sums'], "no task or mixture 'sums'|t5x tasks"),
   ('train', ['MIXTURE_OR_TASK_NAME=fixture_empty'], "'fixture_empty' has no text"),
+  ('train', ['MIXTURE_OR_TASK_NAME=fixture_bytes'], 'ByteVocabulary|of 512 ids'),
+  ('eval', ['EVAL_MIXTURE_OR_TASK_NAME=fixture_bytes'], 'ByteVocabulary|of 512 ids'),
+  (
+    'infer',
+    ['INFER_MIXTURE_OR_TASK_NAME=fixture_bytes', SUMS[1]],
+    'another vocabulary than the model|ByteVocabulary',
+  ),
   ('eval', ['EVAL_SPLIT=validation[:5]'], "'validation[:5]'|Use 'validation'"),
   ('infer', ['INFER_SPLIT=train[:9]', *SUMS], "'train[:9]'|Use 'train'"),
   (
@@ -170,6 +177,14 @@ def test_no_checkpoint(workspace, tmp_path, mode):
   assert done.code == 2
   assert f'no checkpoint at {tmp_path / "no"}' in done.error
   assert 'Name a checkpoint or a run folder' in done.error
+
+
+def test_no_checkpoint_to_start_from(workspace, finished, tmp_path):
+  path = finished / 'checkpoint_7'
+  binding = f'utils.RestoreCheckpointConfig.path={path}'
+  done = runs.here(workspace, 'train', tmp_path / 'new', binding)
+  assert done.code == 2
+  assert f'no checkpoint at {path}' in done.error and '[6, 9, 12]' in done.error
 
 
 @pytest.mark.parametrize(

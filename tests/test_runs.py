@@ -66,7 +66,7 @@ def test_training_tokens_are_the_papers(run, tokens, last_batch):
   assert schedule[-1][1] == last_batch
 
 
-@pytest.mark.parametrize('run', RUNS)
+@pytest.mark.parametrize('run', [run for run in RUNS if run != 'palm_tiny'])
 def test_learning_rate_is_the_papers(run):
   configure('train', f'--gin_file={run}.gin')
   from palm_t5x import utils
