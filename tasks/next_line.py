@@ -4,11 +4,11 @@ Three lines of a held-out standard library file, and four lines to go on with, o
 which does; the others come from other files. Two solved examples from the training
 split come first. The model ranks the four by log-likelihood; guessing gets 25 %.
 
-    Code:
+    # Code
         def close(self):
             if self._file is None:
                 return
-    Next: self._file.close()
+            self._file.close()
 """
 
 import functools
@@ -67,23 +67,25 @@ def _questions_of(lines: list[str], others: list[str], number: int):
     wrong = sorted(alike, key=lambda line: _rank(answer, line))[: NUM_CHOICES - 1]
     if len(wrong) == NUM_CHOICES - 1:
       choices = sorted([answer, *wrong], key=lambda line: _rank('order', line))
-      yield context, choices, choices.index(answer)
+      right = choices.index(answer)
+      margin = lines[place][: -len(lines[place].lstrip())]
+      yield context, [margin + choice for choice in choices], right
 
 
 def _prompt(context: str) -> str:
-  return f'Code:\n{context}\nNext:'
+  return f'# Code\n{context}\n'
 
 
 def _documents(split: str):
   """One document per choice: inputs, targets, and which question and choice it is."""
   shots = itertools.islice(_questions('train', 1), NUM_SHOTS)
-  solved = [f'{_prompt(c)} {choices[right]}\n\n' for c, choices, right in shots]
+  solved = [f'{_prompt(c)}{choices[right]}\n\n' for c, choices, right in shots]
   questions = itertools.islice(_questions(split, 4), NUM_QUESTIONS)
   for number, (context, choices, right) in enumerate(questions):
     for n, choice in enumerate(choices):
       yield {
         'inputs': ''.join(solved) + _prompt(context),
-        'targets': ' ' + choice,
+        'targets': choice + '\n',
         'question': str(number),
         'correct': str(int(n == right)),
       }
