@@ -22,7 +22,11 @@ def prepare(path: str | os.PathLike, what: str = 'MODEL_DIR') -> str:
   if not text:
     raise UserError(f'{what} is empty: name a directory, such as runs/palm_tiny.')
   if '://' in text:
-    return text
+    raise UserError(
+      f'{what}={text}: a run is written to a file system that every process sees, so '
+      'far; mount the bucket and name its path. (Vocabularies and token stores may lie '
+      'in a bucket.)'
+    )
   folder = pathlib.Path(os.path.abspath(os.path.expanduser(text)))
   try:
     folder.mkdir(parents=True, exist_ok=True)
