@@ -53,12 +53,12 @@ def test_golden_losses(straight):
   assert found['bits_per_byte'] == pytest.approx(golden['bits_per_byte'], rel=1e-3)
 
 
-def kill_at_random_moments(workspace, model_dir, rng, kills, seconds=(0.0, 1.5)):
+def kill_at_random_moments(workspace, model_dir, rng, kills, seconds, *bindings):
   """Starts the run and kills it `kills` times; the last start ends by itself."""
   killed = 0
   for attempt in range(kills * 3):
     process = subprocess.Popen(
-      **command(workspace, model_dir),
+      **command(workspace, model_dir, *bindings),
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
     )
@@ -78,9 +78,9 @@ def kill_at_random_moments(workspace, model_dir, rng, kills, seconds=(0.0, 1.5))
   raise AssertionError(f'only {killed} of {kills} kills hit a running process')
 
 
-def assert_same_end(one, other):
-  expected = arrays(one / f'checkpoint_{STEPS}')
-  found = arrays(other / f'checkpoint_{STEPS}')
+def assert_same_end(one, other, steps=STEPS):
+  expected = arrays(one / f'checkpoint_{steps}')
+  found = arrays(other / f'checkpoint_{steps}')
   assert expected.keys() == found.keys() and len(expected) > 5
   for name, value in expected.items():
     np.testing.assert_array_equal(value, found[name], err_msg=name)
@@ -93,6 +93,17 @@ def test_killed_runs_end_bit_identical(workspace, straight):
   )
   assert_same_end(straight[0], model_dir)
   assert losses(model_dir) == losses(straight[0])
+
+
+@pytest.mark.slow
+def test_ten_kills_in_training_and_saving_end_bit_identical(workspace):
+  steps = ('TRAIN_STEPS=240', 'CHECKPOINT_PERIOD=4')
+  one, other = workspace / 'straight240', workspace / 'killed240'
+  assert run(workspace, one, *steps).returncode == 0
+  rng = random.Random(1)
+  kill_at_random_moments(workspace, other, rng, 10, (0.0, 0.6), *steps)
+  assert_same_end(one, other, 240)
+  assert losses(one) == losses(other)
 
 
 @pytest.mark.parametrize('devices', [2, 4])
