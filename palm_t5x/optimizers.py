@@ -54,7 +54,7 @@ class OptimizerDef:
 
   def transform(self, learning_rate: jax.Array | float) -> optax.GradientTransformation:
     """The optax transformation; its update also gets learning_rate, step, grad_norm."""
-    raise NotImplementedError
+    raise UserError(f'{type(self).__name__} must define transform(learning_rate).')
 
   def bind(self, param_axes: PyTree) -> 'OptimizerDef':
     """A copy that knows each parameter's logical axes (a tree of tuples of names)."""
