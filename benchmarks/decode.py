@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import seqio
-from train_step import SIZES, VOCABULARY, best_seconds
+from train_step import best_seconds, make_config
 
 from palm_t5x import adafactor, metrics, models, network
 from palm_t5x.checkpoints import param_count
@@ -49,16 +49,7 @@ def main():
   parser.add_argument('--batches', default='1,8,32')
   parser.add_argument('--mode', default='float32')
   options = parser.parse_args()
-  layers, heads, emb_dim, _, _ = SIZES[options.size]
-  config = network.TransformerConfig(
-    vocab_size=VOCABULARY,
-    dtype=options.mode,
-    emb_dim=emb_dim,
-    num_heads=heads,
-    num_layers=layers,
-    head_dim=64,
-    mlp_dim=4 * emb_dim,
-  )
+  config = make_config(options.size, options.mode)
   model = models.DecoderOnlyModel(
     network.Decoder(config), seqio.ByteVocabulary(), adafactor.Adafactor()
   )

@@ -35,10 +35,10 @@ SIZES = {
 VOCABULARY = 8192
 
 
-def make_trainer(size: str, mode: str) -> tuple[trainer.Trainer, dict, int]:
-  """A trainer, one batch for it, and the model FLOPs of a step."""
-  layers, heads, emb_dim, length, rows = SIZES[size]
-  config = network.TransformerConfig(
+def make_config(size: str, mode: str) -> network.TransformerConfig:
+  """The model of a size, computing in `mode`."""
+  layers, heads, emb_dim, _, _ = SIZES[size]
+  return network.TransformerConfig(
     vocab_size=VOCABULARY,
     dtype=mode,
     emb_dim=emb_dim,
@@ -47,6 +47,12 @@ def make_trainer(size: str, mode: str) -> tuple[trainer.Trainer, dict, int]:
     head_dim=64,
     mlp_dim=4 * emb_dim,
   )
+
+
+def make_trainer(size: str, mode: str) -> tuple[trainer.Trainer, dict, int]:
+  """A trainer, one batch for it, and the model FLOPs of a step."""
+  config = make_config(size, mode)
+  *_, length, rows = SIZES[size]
   optimizer = adafactor.Adafactor(
     factored=False,
     beta1=0.9,
@@ -95,7 +101,6 @@ def best_seconds(run, rounds: int, at_least: float = 1.0) -> float:
 def parts(one: trainer.Trainer, batch) -> dict[str, float]:
   """Seconds of the step's parts, each compiled and timed on its own."""
   model, params = one.model, jax.tree.map(jnp.copy, one.train_state.params)
-  key = jax.random.key(0)
   forward = jax.jit(lambda p, b: model.sum_loss_fn(p, b, None)[0])
   gradient = jax.jit(
     lambda p, b: jax.grad(model.sum_loss_fn, has_aux=True)(p, b, None)[0]
@@ -104,7 +109,6 @@ def parts(one: trainer.Trainer, batch) -> dict[str, float]:
   grads = gradient(params, batch)
   state = optimizer.init(params)
   update = jax.jit(functools.partial(optimizer.update, learning_rate=1e-2))
-  del key
   return {
     'forward': best_seconds(lambda: forward(params, batch), 3),
     'forward and backward': best_seconds(lambda: gradient(params, batch), 3),

@@ -59,15 +59,7 @@ class TrainDataset:
     position: Position | None = None,
   ):
     seed = seed if cfg.seed is None else cfg.seed
-    self.stores = prepare.prepare(
-      utils.get_mixture_or_task(cfg.mixture_or_task_name),
-      cfg.split,
-      vocabulary,
-      cache_dir,
-      seed=seed,
-      use_cached=utils.uses_cache(cfg),
-      progress=PrepareProgress(),
-    )
+    self.stores = _stores(cfg, vocabulary, cache_dir, seed)
     self.reader = _train_reader(self.stores, cfg, seed)
     self.length = self.reader.length
     position = position or Position()
@@ -113,9 +105,16 @@ def eval_readers(
   cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
 ) -> dict[str, EvalReader]:
   """One sequential reader per task of a validation mixture."""
-  provider = utils.get_mixture_or_task(cfg.mixture_or_task_name)
-  stores = prepare.prepare(
-    provider,
+  stores = _stores(cfg, vocabulary, cache_dir, seed)
+  return {name: _eval_reader(store, cfg) for name, store, _ in stores}
+
+
+def _stores(
+  cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
+) -> list[tuple[str, Any, float]]:
+  """(task name, token store, weight) of each task, built where they are missing."""
+  return prepare.prepare(
+    utils.get_mixture_or_task(cfg.mixture_or_task_name),
     cfg.split,
     vocabulary,
     cache_dir,
@@ -123,7 +122,6 @@ def eval_readers(
     use_cached=utils.uses_cache(cfg),
     progress=PrepareProgress(),
   )
-  return {name: _eval_reader(store, cfg) for name, store, _ in stores}
 
 
 def _targets(store: Any) -> int:

@@ -247,7 +247,7 @@ def test_files_in_t5x_order_without_dynamic_registration(folder):
     '--gin_file=t5x/configs/runs/pretrain.gin',
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
     '--gin.MIXTURE_OR_TASK_NAME="toy"',
-    '--gin.MODEL_DIR="/tmp/m"',
+    '--gin.MODEL_DIR="runs/m"',
     '--gin.TRAIN_STEPS=10',
     '--gin.DROPOUT_RATE=0.1',
   )
