@@ -80,7 +80,9 @@ def _reduce(logits_NV, targets_N, z_loss, label_smoothing, num_real_tokens):
     logits_NV = jnp.where(real, logits_NV, layers.NEG_INF)
   top = lax.stop_gradient(jnp.max(logits_NV, axis=-1))
   logz = top + jnp.log(jnp.sum(jnp.exp(logits_NV - top[:, None]), axis=-1))
-  picked = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+  # Not a gather: the columns of logits may lie on many devices.
+  chosen = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
+  picked = jnp.sum(jnp.where(chosen, logits_NV, 0.0), axis=-1)
   low, extra, entropy = _smoothing(label_smoothing, classes)
   cross = logz - extra * picked - entropy
   if label_smoothing:

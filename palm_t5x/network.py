@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from palm_t5x import layers, parameters
+from palm_t5x import embedding, layers, parameters
 from palm_t5x.network_config import REMAT_POLICIES, TransformerConfig
 from palm_t5x.parameters import param_logical_axes
 
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
   def _stack(self, tokens_BT, cache, context):
     cfg = self.config
     drop = lambda x: self.dropout(x, deterministic=not context.dropout)
-    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(cfg.activation_dtype)
+    x_BTD = embedding.lookup(self.embedding, tokens_BT, cfg.activation_dtype)
     x_BTD = drop(layers.constrain(x_BTD, ('batch', 'length', 'embed')))
     if cfg.scan_layers:
       x_BTD, new = self.layers(x_BTD, cache, context)

@@ -27,6 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from palm_t5x.errors import UserError
 
+POD = 'pod'  # the mesh axis of the slow network
+
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 MeshShape = tuple[int, ...]
 
@@ -85,6 +87,24 @@ def is_logical_axes(x: Any) -> bool:
   """Whether x is a leaf of an axes tree: ('vocab', 'embed'), (None,) or ()."""
   plain = isinstance(x, tuple) and not hasattr(x, '_fields')
   return plain and all(e is None or isinstance(e, str) for e in x)
+
+
+def num_pods() -> int:
+  """Size of the `pod` axis of the mesh in force; 1 where there is none."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get(POD, 1)
+
+
+@contextlib.contextmanager
+def inside_pod():
+  """The rules in force without the `pod` axis, for code that runs once in each pod."""
+  keep = lambda axes: tuple(a for a in axes if a != POD)
+  rules = [
+    (name, keep(axes) if isinstance(axes, tuple) else axes)
+    for name, axes in nn.get_logical_axis_rules()
+    if axes != POD
+  ]
+  with nn.logical_axis_rules(rules):
+    yield
 
 
 def _divisors(n: int) -> list[int]:

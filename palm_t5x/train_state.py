@@ -55,8 +55,10 @@ class TrainStateInitializer:
     self._input_shapes = input_shapes
     param_axes = model.param_logical_axes()
     self.optimizer = model.optimizer_def.bind(param_axes)
+    # A key of shapes alone: the mesh may be one of chips that are not here.
+    rng = jax.eval_shape(jax.random.key, 0)
     with partitioner.context():
-      self.shapes = jax.eval_shape(self._create, jax.random.key(0))
+      self.shapes = jax.eval_shape(self._create, rng)
     self.axes = TrainState(
       (), param_axes, self.optimizer.state_axes(param_axes, self.shapes.params)
     )

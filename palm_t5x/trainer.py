@@ -7,6 +7,7 @@ rate is, and everything that looks at a run from outside is an action.
 
 import abc
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from palm_t5x import gradients
 from palm_t5x.errors import UserError
 from palm_t5x.metrics import Ratio
 from palm_t5x.train_state import TrainState
@@ -25,36 +27,6 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def _microbatches(batch: Batch, n: int) -> Batch:
-  """[B, ...] -> [n, B/n, ...], every device keeping rows that it already holds."""
-  return {
-    k: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0) for k, x in batch.items()
-  }
-
-
-def accumulate_gradients(model, params, batch: Batch, rng, num_microbatches: int):
-  """Sums gradients and metrics over microbatches; the loss is a sum, so they add up.
-
-  Returns:
-    (gradients of the summed loss, metrics of the whole batch).
-  """
-  grad_fn = jax.grad(model.sum_loss_fn, has_aux=True)
-  if num_microbatches == 1:
-    return grad_fn(params, batch, rng)
-
-  def body(total, microbatch_and_index):
-    microbatch, index = microbatch_and_index
-    part = grad_fn(params, microbatch, jax.random.fold_in(rng, index))
-    return jax.tree.map(jnp.add, total, part), None
-
-  split = _microbatches(batch, num_microbatches)
-  first = jax.tree.map(lambda x: x[0], split)
-  shapes = jax.eval_shape(grad_fn, params, first, rng)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (grads, metrics), _ = jax.lax.scan(body, zeros, (split, jnp.arange(num_microbatches)))
-  return grads, metrics
-
-
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -63,7 +35,7 @@ def train_step(
   model,
   optimizer,
   learning_rate_fn: Callable[[jax.Array], jax.Array],
-  num_microbatches: int = 1,
+  gradients_fn: Callable[..., tuple[Any, Metrics]] = gradients.of_batch,
   weight_metrics_fn: Callable[..., Metrics] = lambda grads, old, new: {},
 ) -> tuple[TrainState, Metrics]:
   """Gradient of the mean loss, one optimizer update.
@@ -73,15 +45,14 @@ def train_step(
     batch: feature name -> [B, T].
     rng: the run's dropout key; folded with the step, so that a step is a function of
       (state, batch, seed) and of nothing that happened before.
+    gradients_fn: (model, params, batch, rng) -> (summed gradients, metrics).
     weight_metrics_fn: (gradients, old params, new params) -> more metrics.
 
   Returns:
     (state after the update, metrics: name -> Ratio).
   """
   step_rng = jax.random.fold_in(rng, state.step)
-  grads, metrics = accumulate_gradients(
-    model, state.params, batch, step_rng, num_microbatches
-  )
+  grads, metrics = gradients_fn(model, state.params, batch, step_rng)
   # Dividing the total by the total weight makes microbatches with unequal token
   # counts give the same update as one batch.
   scale = 1.0 / model.loss_normalizer(metrics)
@@ -207,8 +178,8 @@ class WeightMetricsComputer:
 class Trainer:
   """Compiles the step and the evaluation for a partitioner and holds the state.
 
-  T5X's Trainer; `num_microbatches` and `learning_rate_fn` are bound by Gin, the rest is
-  passed by `train`.
+  T5X's Trainer; `num_microbatches`, `pod_gradient_dtype` (in which gradients cross
+  between pods) and `learning_rate_fn` are bound by Gin, `train` passes the rest.
   """
 
   def __init__(
@@ -224,6 +195,7 @@ class Trainer:
     optimizer=None,
     learning_rate_fn: Callable[[jax.Array], jax.Array],
     num_microbatches: int | None = None,
+    pod_gradient_dtype: str = 'float32',
     weight_metrics_computer: Callable[..., Metrics] | None = None,
   ):
     self.train_state = train_state
@@ -248,7 +220,11 @@ class Trainer:
         model=model,
         optimizer=optimizer,
         learning_rate_fn=learning_rate_fn,
-        num_microbatches=self.num_microbatches,
+        gradients_fn=functools.partial(
+          gradients.of_batch,
+          num_microbatches=self.num_microbatches,
+          exchange_dtype=pod_gradient_dtype,
+        ),
         **more,
       )
 
