@@ -228,7 +228,7 @@ class Trainer:
         **more,
       )
 
-    shardings = partitioner.shardings(train_state_axes)
+    shardings = partitioner.shardings(train_state_axes, train_state)
     self._step = partitioner.partition(
       step,
       in_shardings=(shardings, partitioner.data_sharding, None),
