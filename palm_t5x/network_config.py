@@ -55,7 +55,9 @@ class TransformerConfig:
   )
   remat_policy: str = 'none'
   fused_fan_in: bool = False  # one fan-in for o_wo_fused, not one for each slice
-  attention_kernel: str = 'auto'  # 'xla', 'blocked' (CPU), 'cudnn' (GPU)
+  attention_kernel: str = (
+    'auto'  # 'xla', 'splash' (TPU), 'cudnn' (GPU), 'blocked' (CPU)
+  )
   segment_masking: bool = True  # packed segments, where given, see only themselves
 
   def __post_init__(self):
@@ -78,7 +80,7 @@ class TransformerConfig:
       'dtype': ('auto', 'float32', 'bfloat16', 'fast'),
       'norm': ('rms', 'layer_norm'),
       'remat_policy': tuple(REMAT_POLICIES),
-      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn'),
+      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn', 'splash'),
     }
     for name, allowed in choices.items():
       value = getattr(self, name)
@@ -133,6 +135,8 @@ class TransformerConfig:
     """The attention kernel that 'auto' stands for."""
     if self.attention_kernel != 'auto':
       return self.attention_kernel
+    if target.platform() == 'tpu':
+      return 'splash'
     return 'xla' if self.mode == 'bfloat16' else 'blocked'
 
   @property
