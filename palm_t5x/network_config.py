@@ -143,3 +143,22 @@ class TransformerConfig:
   def activation_dtype(self):
     """Dtype of the residual stream: bf16 in mode 'bfloat16', else fp32."""
     return jnp.bfloat16 if self.mode == 'bfloat16' else jnp.float32
+
+  @property
+  def recomputed(self):
+    """(weights, share): what the remat policy has the backward pass compute again.
+
+    Weights of the block's kernels whose products are, and the share of the attention
+    products; flash kernels always make the scores again (PaLM App. B: HFU).
+    """
+    heads = self.num_heads * self.head_dim
+    inputs = heads + len(self.mlp_activations) * self.mlp_dim  # one fused product
+    kv = 2 * self.num_kv_heads * self.head_dim
+    columns = {'full': inputs + kv, 'save_attention': inputs + kv}
+    columns |= {'save_qkv': inputs, 'save_gated': inputs}
+    share = {'full': 1.0, 'minimal': 1.0, 'none': 0.0, 'dots': 0.0}
+    attended = share.get(self.remat_policy, 0.5)
+    if self.kernel != 'xla':
+      attended = max(attended, 0.5)
+    width = columns.get(self.remat_policy, 0)
+    return self.num_layers * self.emb_dim * width, attended
