@@ -161,7 +161,7 @@ def test_t5x_launch_line():
   assert options.jax == {'jax_platforms': 'cpu', 'jax_enable_x64': 'false'}
   assert options.values['seqio_additional_cache_dirs'] == ['c', 'd']
   assert options.values['dry_run'] is False and options.values['verbosity'] == 1
-  assert options.several_processes
+  assert options.values['process_count'] == 2
 
 
 def test_switch_does_not_take_the_next_word():
