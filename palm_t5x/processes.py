@@ -195,8 +195,9 @@ def together() -> Iterator[None]:
     _leave(_group)
     raise
   except BaseException as error:
-    if isinstance(error, Exception) and _is_lost_peer(error):
-      _awaitverdict(_group, error)
+    lost = _lost_peer(error) if isinstance(error, Exception) else None
+    if lost is not None:
+      _await_verdict(_group, lost)
     _announce(_group, error)
     raise
   _leave(_group)
@@ -251,20 +252,20 @@ def listen(group: Group):
   os._exit(1)
 
 
-def _is_lost_peer(error: BaseException | None) -> bool:
-  """Whether an error, or what caused it, is how a broken connection shows itself."""
+def _lost_peer(error: BaseException | None) -> BaseException | None:
+  """The broken connection that an error is, or was caused by; None for others."""
   import jax
 
   while error is not None:
     ours = isinstance(error, UserError | Failure | OSError)
     theirs = not ours and isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     if theirs and _LOST.search(str(error)):
-      return True
+      return error
     error = error.__cause__ or error.__context__
-  return False
+  return None
 
 
-def _awaitverdict(group: Group, error: BaseException):
+def _await_verdict(group: Group, error: BaseException):
   """Waits for the coordination service to name the lost peer, which ends the process.
 
   Should it not, this process ends by itself, before twice the heartbeat time-out.
@@ -291,7 +292,7 @@ def verdict(group: Group, said: str) -> str:
   tasks = last_words.unhealthy(said)
   if tasks:
     return f'error: a peer was lost{_at(group)}. {tasks}. {again}'
-  said = ' '.join(said.split())[:300]
+  said = ' '.join(said.split()).partition('. ')[0][:300]
   if group.index == 0:
     return f'error: the coordination service failed{_at(group)}: {said}. {again}'
   return (
