@@ -242,7 +242,8 @@ def listen(group: Group):
     reason = group.client.blocking_key_value_get('palm_t5x/failed', _DAY_MS)
   except Exception:  # the run is over, or the service is; then others say so
     return
-  time.sleep(_GRACE_SECONDS)
+  # Process 0 goes last: the others would take its end for the loss of a peer.
+  time.sleep(_GRACE_SECONDS if group.index else _LEAVING_SECONDS + _GRACE_SECONDS)
   if group.ending:
     return
   number, text = json.loads(reason)

@@ -1,6 +1,7 @@
 """Several processes on this machine are one run: same data, same end, no survivors."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ class Together:
 
   def wait_for_step(self, step):
     """Returns when process 0 has reported the step."""
-    while f'step {step}/' not in self.out(0).replace('step  ', 'step '):
+    while not re.search(rf'^step +{step}/', self.out(0), re.MULTILINE):
       assert all(p.poll() is None for p in self.processes), self.err(0) + self.err(1)
       try:
         self.processes[0].wait(0.02)
