@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from palm_t5x import processes
 from palm_t5x.errors import Failure, UserError, disk_problem
 from palm_t5x.train_state import TrainState
 
@@ -93,9 +94,15 @@ def steps_in(directory: str | os.PathLike) -> list[int]:
 def find(path: str | os.PathLike) -> pathlib.Path:
   """The checkpoint folder that `path` means: itself, or a run's newest whole one.
 
+  Process 0 looks, for all of them.
+
   Raises:
     UserError: if there is none, naming what is there instead.
   """
+  return pathlib.Path(processes.decide(lambda: str(_find(path))))
+
+
+def _find(path: str | os.PathLike) -> pathlib.Path:
   folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if (folder / 'state').is_dir():
     return folder
@@ -176,7 +183,7 @@ def load(
     UserError: if it is of another model.
   """
   folder = pathlib.Path(folder)
-  problem = damage(folder) if verify else None
+  problem = processes.decide(lambda: damage(folder)) if verify else None
   if problem:
     raise Failure(
       f'checkpoint {folder} is damaged: {problem}. Use an older one, or remove it.'
@@ -245,7 +252,7 @@ class Checkpointer:
     step = int(state.step)
     folder = self._folder / f'checkpoint_{step}'
     try:
-      if folder.exists():
+      if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
     except OSError as e:
       raise self._failure(e) from e
@@ -314,17 +321,24 @@ class Checkpointer:
     Raises:
       Failure: if there are checkpoints and all are damaged.
     """
+    step = processes.decide(self._newest_whole)
+    if step is None:
+      return None
+    folder = self._folder / f'checkpoint_{step}'
+    tree = load(folder, abstract.to_tree(), verify=False)
+    return TrainState.from_tree(tree), read_metadata(folder)
+
+  def _newest_whole(self) -> int | None:
+    """The step to go on from; process 0 alone reads all of it for that."""
     steps = steps_in(self._folder)
     for step in reversed(steps):
       folder = self._folder / f'checkpoint_{step}'
       problem = damage(folder)
-      if problem:
-        logger.warning(
-          'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
-        )
-        continue
-      tree = load(folder, abstract.to_tree(), verify=False)
-      return TrainState.from_tree(tree), read_metadata(folder)
+      if problem is None:
+        return step
+      logger.warning(
+        'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
+      )
     if steps:
       raise Failure(
         f'all {len(steps)} checkpoints in {self._folder} are damaged. Move them away '

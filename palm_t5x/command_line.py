@@ -60,7 +60,6 @@ FLAGS = (
 )
 
 _SWITCHES = {flag.name for flag in FLAGS if flag.kind is bool}
-_PROCESS = ('coordinator_address', 'process_count', 'process_index')
 
 
 class Options(NamedTuple):
@@ -81,13 +80,6 @@ class Options(NamedTuple):
   gin: list[str]
   jax: dict[str, str]
   words: list[str]
-
-  @property
-  def several_processes(self) -> bool:
-    """Whether flags ask for jax.distributed."""
-    return bool(self.values.get('multiprocess_gpu')) or any(
-      name in self.values for name in _PROCESS
-    )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from palm_t5x import utils
-from palm_t5x.corpus import prepare
+from palm_t5x import processes, utils
+from palm_t5x.corpus import prepare, storage
 from palm_t5x.corpus.packing import SupervisedEvalReader, SupervisedReader
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.corpus.vocabulary import hash_of
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
 
@@ -101,6 +102,29 @@ class TrainDataset:
     return Prefetcher(load, start)
 
 
+def learn_vocabulary(vocabulary: Any, cache_dir: str):
+  """Learns the vocabulary where its file is missing; every process has the same then.
+
+  Raises:
+    UserError: if there is nothing to learn from, or the processes' files differ.
+  """
+
+  def make():
+    progress = None if processes.index() else PrepareProgress()
+    prepare.learn_vocabulary(vocabulary, cache_dir, progress=progress)
+
+  path = str(getattr(vocabulary, 'path', None) or cache_dir)
+  if storage.is_remote(path) or storage.is_remote(cache_dir):
+    processes.first(make)
+  else:
+    make()
+  processes.agree(
+    'vocabulary',
+    {'VOCABULARY_PATH, by its contents,': hash_of(vocabulary)},
+    'Copy one file to all hosts.',
+  )
+
+
 def eval_readers(
   cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
 ) -> dict[str, EvalReader]:
@@ -112,16 +136,36 @@ def eval_readers(
 def _stores(
   cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
 ) -> list[tuple[str, Any, float]]:
-  """(task name, token store, weight) of each task, built where they are missing."""
-  return prepare.prepare(
-    utils.get_mixture_or_task(cfg.mixture_or_task_name),
-    cfg.split,
-    vocabulary,
-    cache_dir,
-    seed=seed,
-    use_cached=utils.uses_cache(cfg),
-    progress=PrepareProgress(),
+  """(task name, token store, weight) of each task, built where they are missing.
+
+  On hosts with disks of their own each builds its own, on a shared disk the lock lets
+  one build, and in a bucket, which has no locks, process 0 does. All must be the same.
+  """
+
+  def make():
+    return prepare.prepare(
+      utils.get_mixture_or_task(cfg.mixture_or_task_name),
+      cfg.split,
+      vocabulary,
+      cache_dir,
+      seed=seed,
+      use_cached=utils.uses_cache(cfg),
+      progress=None if processes.index() else PrepareProgress(),
+    )
+
+  stores = processes.first(make) if storage.is_remote(cache_dir) else make()
+  held = {name: store.manifest for name, store, _ in stores}
+  facts = {
+    f'{name}/{cfg.split}': f'{m.num_tokens:,} tokens ({m.checksums["tokens"][:12]})'
+    for name, m in held.items()
+  }
+  processes.agree(
+    'text',
+    facts,
+    'Every host must see the same source files; delete CACHE_DIR/token_stores where it '
+    'was made from others.',
   )
+  return stores
 
 
 def _targets(store: Any) -> int:

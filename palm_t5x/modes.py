@@ -22,6 +22,7 @@ class Mode(NamedTuple):
     reads: the parameter that text after the mode's name is bound to, if any.
     reads_many: whether it gets a list of words, and not one text.
     files: Gin files read before the user's.
+    computes: whether it runs on all devices, and so joins the processes of its job.
   """
 
   module: str
@@ -32,6 +33,7 @@ class Mode(NamedTuple):
   reads: str | None = None
   reads_many: bool = False
   files: tuple[str, ...] = ()
+  computes: bool = False
 
 
 MODES = {
@@ -41,6 +43,7 @@ MODES = {
     'train a model; run the same command again to continue',
     'runs/pretrain.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'eval': Mode(
     'palm_t5x.eval',
@@ -48,6 +51,7 @@ MODES = {
     'compute the metrics of SeqIO tasks for a checkpoint',
     'runs/eval.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'infer': Mode(
     'palm_t5x.infer',
@@ -55,6 +59,7 @@ MODES = {
     "write a model's predictions or scores for a task as JSON lines",
     'runs/infer.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'complete': Mode(
     'palm_t5x.commands.complete',
@@ -63,6 +68,7 @@ MODES = {
     'runs/complete.gin',
     "--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny 'The function returns'",
     reads='prompt',
+    computes=True,
   ),
   'describe': Mode(
     'palm_t5x.commands.describe',

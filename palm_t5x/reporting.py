@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from palm_t5x import metrics
+from palm_t5x import metrics, processes
 from palm_t5x.metric_writers import MetricsWriter, read_metrics
 from palm_t5x.progress import ProgressLine, duration
 
@@ -55,7 +55,8 @@ class Reporter:
     self.last_evaluation: dict[str, float] = {}
 
   def __enter__(self) -> 'Reporter':
-    self._line.__enter__()
+    if not self._quiet:
+      self._line.__enter__()
     return self
 
   def __exit__(self, *exc_info: Any):
@@ -130,10 +131,12 @@ class Reporter:
 
   def already_finished(self) -> bool:
     """Whether a run that had nothing left to do wrote its closing evaluation too."""
-    rows = read_metrics(self._model_dir)
-    return self._start == self._total and any(
-      row['step'] == self._total and 'eval' in row['split'] for row in rows
-    )
+
+    def written() -> bool:
+      rows = read_metrics(self._model_dir)
+      return any(row['step'] == self._total and 'eval' in row['split'] for row in rows)
+
+    return self._start == self._total and processes.decide(written)
 
   def samples(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]]):
     """Prompts and what the model made of them."""

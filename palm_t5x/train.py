@@ -21,10 +21,8 @@ from palm_t5x import (
   run_dir,
   utils,
 )
-from palm_t5x.corpus import prepare
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
-from palm_t5x.progress import PrepareProgress
 from palm_t5x.reporting import Reporter
 from palm_t5x.restored import VOCABULARY_COPY, prefer_copy
 from palm_t5x.train_state import TrainState, TrainStateInitializer
@@ -200,7 +198,7 @@ def prepare_run(
   vocabulary = model.output_vocabulary
   vocabulary_lib.use(vocabulary)
   prefer_copy(vocabulary, model_dir)
-  prepare.learn_vocabulary(vocabulary, cache_dir, progress=PrepareProgress())
+  datasets.learn_vocabulary(vocabulary, cache_dir)
   utils.verify_vocabulary_size(model)
   for each in (cfg, *eval_cfgs):
     utils.verify_matching_vocabs(each, model)
