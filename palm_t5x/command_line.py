@@ -43,6 +43,13 @@ FLAGS = (
   Flag('data_dir', str, 'folder of datasets in their original formats (DATA_DIR)'),
   Flag('tfds_data_dir', str, 'folder of TensorFlow Datasets, for tasks that use them'),
   Flag('seqio_additional_cache_dirs', list, "folders of SeqIO's own task caches"),
+  Flag(
+    'skip_batches',
+    'many',
+    'a:b: batches never to train on, as numbers of the unskipped run; repeat it',
+    ('train',),
+    'skip_batches',
+  ),
   Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
   Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
