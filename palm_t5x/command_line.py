@@ -210,8 +210,9 @@ def _unknown_flag(text: str) -> str:
   if name.startswith('fdl_'):
     return f'--{name}: Fiddle configurations are not supported; use --gin_file.'
   hint = _near(f'--{name}', [f'--{flag.name}' for flag in FLAGS])
-  if not hint:
-    hint = (
+  if '_' in name or not hint:
+    # The name of a macro, in small letters, may look like a flag too.
+    hint += (
       f' Settings are bound through Gin, as --gin.{name.upper()}=...; see t5x --help.'
     )
   return f'unknown flag --{name}.{hint}'

@@ -37,18 +37,21 @@ class Recovery:
   Args:
     config: thresholds; None watches nothing.
     model_dir: where rewinds.json and events.jsonl are.
-    metadata: of the checkpoint that the run resumed from; {} for none.
   """
 
   def __init__(
     self,
     config: LossSpikeRecovery | None,
     model_dir: str,
-    metadata: Mapping[str, Any],
   ):
     self.config = config
     self._model_dir = model_dir
-    self.restart(metadata)
+    self.restart({})
+
+  @property
+  def reach(self) -> int | None:
+    """How old a checkpoint a rewind may need, in steps; None without recovery."""
+    return self.config.reach if self.config else None
 
   def restart(self, metadata: Mapping[str, Any]):
     """Takes up the losses that a checkpoint remembers; {} for a run's beginning."""

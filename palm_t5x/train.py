@@ -105,10 +105,8 @@ def train(
     UserError: for anything that a change of configuration mends.
     Failure: if data or disk fail; earlier checkpoints stay as they are.
   """
-  if use_hardware_rng:
-    jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
-  seed = random_seed or 0
-  skips = parse_ranges(skip_batches)
+  seed = _seed(random_seed, use_hardware_rng)
+  skip_batches = parse_ranges(skip_batches)
   check_numbers(total_steps, relative_steps, eval_period, stats_period, eval_steps)
   evals = [cfg for cfg in (train_eval_dataset_cfg, infer_eval_dataset_cfg) if cfg]
   model_dir = prepare_run(
@@ -118,39 +116,24 @@ def train(
     model, partitioner, train_dataset_cfg.input_shapes
   )
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
+  recovery = rewind.Recovery(loss_spike_recovery, model_dir)
   checkpointer = checkpoints.Checkpointer(
-    model_dir,
-    save_cfg.keep,
-    save_cfg.dtype,
-    save_cfg.keep_period,
-    loss_spike_recovery and loss_spike_recovery.reach,
+    model_dir, save_cfg.keep, save_cfg.dtype, save_cfg.keep_period, recovery.reach
   )
   metadata = provenance.describe(model, partitioner, seed)
   restart = functools.partial(
-    initial_state,
-    initializer,
-    checkpointer,
-    checkpoint_cfg.restore,
-    model.output_vocabulary,
-    metadata,
+    initial_state, initializer, checkpointer, checkpoint_cfg.restore, metadata
   )
   state, position, stored = restart()
+  recovery.restart(stored)
   start = int(state.step)
   total_steps = last_step(start, total_steps, relative_steps, model_dir)
   data = datasets.TrainDataset(
-    train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skips
+    train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skip_batches
   )
-  trainer = trainer_cls(
-    model=model,
-    train_state=state,
-    partitioner=partitioner,
-    eval_names=(),
-    summary_dir=model_dir,
-    train_state_axes=initializer.axes,
-    rng=jax.random.key(seed),
+  trainer = _trainer(
+    trainer_cls, initializer, state, model_dir, seed, train_dataset_cfg.batch_sizes
   )
-  for size in train_dataset_cfg.batch_sizes:
-    partitioner.check_batch(size, trainer.num_microbatches)
   reporter = Reporter(
     model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )
@@ -158,7 +141,6 @@ def train(
     if reporter.already_finished():
       reporter.finished(start, None)
       return {}
-    recovery = rewind.Recovery(loss_spike_recovery, model_dir, stored)
     run = TrainingRun(
       trainer, data, checkpointer, reporter, metadata, actions or {}, recovery, restart
     )
@@ -173,12 +155,32 @@ def train(
     if run_eval_before_training and start == 0:
       run.evaluate(0)
     stopped = run.through_spikes(
-      start,
-      lambda step: train_loop(
-        run, step, total_steps, save_cfg, eval_period, stats_period
-      ),
+      train_loop, start, total_steps, save_cfg, eval_period, stats_period
     )
     return run.finish(stopped, sample_prompts, sampling)
+
+
+def _seed(random_seed: int | None, use_hardware_rng: bool) -> int:
+  """The seed, once the kind of random bits is set that it is for."""
+  if use_hardware_rng:
+    jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
+  return random_seed or 0
+
+
+def _trainer(trainer_cls, initializer, state, model_dir, seed, batch_sizes):
+  """The Trainer, with the arguments that T5X's has; refuses what does not divide."""
+  trainer = trainer_cls(
+    model=initializer.model,
+    train_state=state,
+    partitioner=initializer.partitioner,
+    eval_names=(),
+    summary_dir=model_dir,
+    train_state_axes=initializer.axes,
+    rng=jax.random.key(seed),
+  )
+  for size in batch_sizes:
+    initializer.partitioner.check_batch(size, trainer.num_microbatches)
+  return trainer
 
 
 def check_numbers(
@@ -310,7 +312,6 @@ def initial_state(
   initializer: TrainStateInitializer,
   checkpointer: checkpoints.Checkpointer,
   restore: utils.RestoreCheckpointConfig | None,
-  vocabulary: Any,
   metadata: Mapping[str, Any],
 ) -> tuple[TrainState, datasets.Position, Mapping[str, Any]]:
   """The state to start from, where its data stands, and what its checkpoint says.
@@ -324,6 +325,7 @@ def initial_state(
   A run that has gone back (palm_t5x.timeline) starts there, and passes over what it
   skips since.
   """
+  vocabulary = initializer.model.output_vocabulary
   checkpointer.clean()
   rewinds = rewind.settle(checkpointer.directory)
   abstract = initializer.abstract()

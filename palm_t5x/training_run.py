@@ -125,15 +125,17 @@ class TrainingRun:
       )
     self._saved_step = step
 
-  def through_spikes(self, start: int, loop: Callable[[int], str | None]) -> str | None:
-    """Runs `loop` from step `start`, and from further back after each loss spike.
+  def through_spikes(
+    self, loop: Callable[..., str | None], start: int, *args: Any
+  ) -> str | None:
+    """Calls loop(self, start, *args); after a loss spike again, from further back.
 
     Returns:
       What the loop returns when it comes to its end.
     """
     while True:
       try:
-        return loop(start)
+        return loop(self, start, *args)
       except rewind.SpikeFound as found:
         start = self._go_back(found.spike)
 

@@ -256,7 +256,7 @@ def _copy(before, tmp_path, name):
 
 def _record(folder, spike=SPIKE, data=None, config=CONFIG):
   steps = checkpoints.steps_in(folder)
-  found = rewind.Recovery(config, str(folder), {})
+  found = rewind.Recovery(config, str(folder))
   return found.record(spike, data or _Data(), steps, origin=0)
 
 
@@ -380,7 +380,7 @@ def test_the_loss_is_read_one_step_late_but_before_a_save(tmp_path):
       return self.loss
 
   read = []
-  found = rewind.Recovery(LossSpikeRecovery(), str(tmp_path), {})
+  found = rewind.Recovery(LossSpikeRecovery(), str(tmp_path))
   hook = found.hook(lambda step: step == 3)
   for step in (1, 2, 3, 4):
     hook(step, {'loss': Ratio(float(step))})
@@ -392,7 +392,7 @@ def test_a_run_without_recovery_still_counts_its_rewinds(before, tmp_path):
   """Turned off later: its checkpoints belong to the new timeline all the same."""
   folder = _copy(before, tmp_path, 'off')
   _record(folder)
-  found = rewind.Recovery(None, str(folder), {})
+  found = rewind.Recovery(None, str(folder))
   found.hook(lambda step: True)(51, {})
   assert found.metadata() == {'rewinds': 1}
 
