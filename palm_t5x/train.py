@@ -131,9 +131,8 @@ def train(
   data = datasets.TrainDataset(
     train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skip_batches
   )
-  trainer = _trainer(
-    trainer_cls, initializer, state, model_dir, seed, train_dataset_cfg.batch_sizes
-  )
+  trainer = _trainer(trainer_cls, initializer, state, model_dir, seed)
+  check_batches(train_dataset_cfg, partitioner, trainer.num_microbatches)
   reporter = Reporter(
     model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )
@@ -167,9 +166,9 @@ def _seed(random_seed: int | None, use_hardware_rng: bool) -> int:
   return random_seed or 0
 
 
-def _trainer(trainer_cls, initializer, state, model_dir, seed, batch_sizes):
-  """The Trainer, with the arguments that T5X's has; refuses what does not divide."""
-  trainer = trainer_cls(
+def _trainer(trainer_cls, initializer, state, model_dir, seed):
+  """The Trainer, with the arguments that T5X's has."""
+  return trainer_cls(
     model=initializer.model,
     train_state=state,
     partitioner=initializer.partitioner,
@@ -178,9 +177,14 @@ def _trainer(trainer_cls, initializer, state, model_dir, seed, batch_sizes):
     train_state_axes=initializer.axes,
     rng=jax.random.key(seed),
   )
-  for size in batch_sizes:
-    initializer.partitioner.check_batch(size, trainer.num_microbatches)
-  return trainer
+
+
+def check_batches(
+  cfg: utils.DatasetConfig, partitioner: Any, num_microbatches: int | None = None
+):
+  """Refuses a schedule of which the mesh or the microbatches cannot cut every size."""
+  for size in cfg.batch_sizes:
+    partitioner.check_batch(size, num_microbatches)
 
 
 def check_numbers(
@@ -223,8 +227,7 @@ def prepare_run(
     UserError: for a batch that the mesh does not divide, an unknown task, an
       unwritable directory, vocabularies or sizes that do not match.
   """
-  for size in cfg.batch_sizes:
-    partitioner.check_batch(size)
+  check_batches(cfg, partitioner)
   for eval_cfg in eval_cfgs:
     partitioner.check_batch(eval_cfg.eval_batch_size, name='EVAL_BATCH_SIZE')
   for each in (cfg, *eval_cfgs):

@@ -19,7 +19,7 @@ _COMPILES = ('jaxpr_trace', 'jaxpr_to_mlir', 'backend_compile', 'cache_retrieval
 
 @pytest.fixture(scope='module')
 def ramp(workspace):
-  """12 steps through three sizes: the folder, and (step, thread) of each compilation."""
+  """12 steps through three sizes: the folder, and (step, thread) of each compile."""
   compiles, now = [], {'step': None}
   train = trainer.Trainer.train
 
