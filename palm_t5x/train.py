@@ -112,9 +112,8 @@ def train(
   model_dir = prepare_run(
     model, train_dataset_cfg, evals, partitioner, model_dir, cache_dir
   )
-  initializer = TrainStateInitializer(
-    model, partitioner, train_dataset_cfg.input_shapes
-  )
+  shapes = train_dataset_cfg.input_shapes
+  initializer = TrainStateInitializer(model, partitioner, shapes)
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
   recovery = rewind.Recovery(loss_spike_recovery, model_dir)
   checkpointer = checkpoints.Checkpointer(
