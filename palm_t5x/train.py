@@ -16,6 +16,7 @@ from palm_t5x import (
   checkpoints,
   datasets,
   generation,
+  gin_check,
   gin_utils,
   hooks,
   provenance,
@@ -315,6 +316,7 @@ def initial_state(
   checkpointer: checkpoints.Checkpointer,
   restore: utils.RestoreCheckpointConfig | None,
   metadata: Mapping[str, Any],
+  quiet: bool = False,
 ) -> tuple[TrainState, datasets.Position, Mapping[str, Any]]:
   """The state to start from, where its data stands, and what its checkpoint says.
 
@@ -335,7 +337,8 @@ def initial_state(
   if newest is not None:
     state, stored = newest
     provenance.check_vocabulary(stored, vocabulary, checkpointer.directory)
-    provenance.warn_differences(stored, metadata)
+    if not quiet:
+      provenance.warn_differences(stored, metadata)
     logger.info('resumed from step %d in %s.', int(state.step), checkpointer.directory)
     position = datasets.Position.from_json(stored['data'])
     more = timeline.skips(rewinds, stored.get('rewinds', 0))
@@ -361,7 +364,9 @@ def _from_checkpoint(
 ) -> tuple[TrainState, datasets.Position]:
   """Parameters, and unless they are to be reset the optimizer, of another run."""
   abstract = initializer.abstract()
-  provenance.check_vocabulary(checkpoints.read_metadata(folder), vocabulary, folder)
+  stored = checkpoints.read_metadata(folder)
+  provenance.check_vocabulary(stored, vocabulary, folder)
+  provenance.warn_settings(stored, *gin_check.settings(), only='network.')
   if restore.reset_optimizer:
     params = checkpoints.load(folder, {'target': abstract.params})['target']
     fresh = initializer.from_scratch(jax.random.key(0))

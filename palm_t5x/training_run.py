@@ -47,7 +47,7 @@ class TrainingRun:
   metadata: Mapping[str, Any]
   actions: Mapping[str, Sequence[Any]]
   recovery: rewind.Recovery
-  restart: Callable[[], tuple[Any, datasets.Position, Mapping[str, Any]]]
+  restart: Callable[..., tuple[Any, datasets.Position, Mapping[str, Any]]]
   stop_signal: int | None = None
 
   def __post_init__(self):
@@ -148,7 +148,7 @@ class TrainingRun:
       self.reporter.say(rewind.say(event, self.recovery.config.max_rewinds))
       # Two states need not fit beside each other.
       jax.tree.map(lambda x: x.delete(), self.trainer.train_state)
-      self.trainer.train_state, position, metadata = self.restart()
+      self.trainer.train_state, position, metadata = self.restart(quiet=True)
       step = int(self.trainer.train_state.step)
       self.recovery.restart(metadata)
       self.data.move_to(position)
