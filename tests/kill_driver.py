@@ -26,7 +26,7 @@ from clu import metric_writers  # noqa: F401
 from palm_t5x import (  # noqa: F401
   adafactor,
   decoding,
-  eval,  # noqa: A004
+  eval,
   infer,
   main,
   modes,

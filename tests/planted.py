@@ -1,4 +1,4 @@
-"""Damaged training data for tests: the tokens of chosen examples, scrambled.
+"""Damaged training data for tests: chosen examples scrambled, or not even numbers.
 
 `scrambled(monkeypatch, first, last)` makes every reader of running text give nonsense
 for examples first ... last-1 of a run. Which nonsense depends on the example alone, so
@@ -24,5 +24,18 @@ def scrambled(monkeypatch, first: int, last: int) -> None:
         values[row] = noise.integers(3, 500, values.shape[1])
       batch[name] = values
     return batch
+
+  monkeypatch.setattr(reader.MixtureReader, 'examples', examples)
+
+
+def not_numbers(monkeypatch, first: int, last: int) -> None:
+  """Has the examples of this half-open range give a loss and gradients that are NaN."""
+  clean = reader.MixtureReader.examples
+
+  def examples(self, indices):
+    batch = dict(clean(self, indices))
+    weights = np.array(batch['decoder_loss_weights'], np.float32)
+    weights[(indices >= first) & (indices < last)] = np.nan
+    return {**batch, 'decoder_loss_weights': weights}
 
   monkeypatch.setattr(reader.MixtureReader, 'examples', examples)

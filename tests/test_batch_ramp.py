@@ -66,7 +66,10 @@ def test_stages_of_their_own_give_the_same(workspace, ramp):
     np.testing.assert_array_equal(expected[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize('step', [3, 4, 5])
+@pytest.mark.parametrize(
+  'step',
+  [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)],
+)
 def test_resumes_before_at_and_after_a_switch(workspace, ramp, step):
   model_dir = workspace / f'ramp_from_{step}'
   shutil.copytree(ramp[0], model_dir)

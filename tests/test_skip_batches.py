@@ -50,6 +50,7 @@ def test_a_run_that_skips_is_a_run_without_these_batches(workspace, without):
   assert without[1][: len(expected)] == expected
 
 
+@pytest.mark.slow
 def test_the_same_command_again_and_one_without_the_flag_go_on(workspace, without):
   model_dir = workspace / 'again'
   assert here(workspace, 'train', model_dir, 'TRAIN_STEPS=3', '--skip_batches=4:6,9:10')
