@@ -324,7 +324,7 @@ class Checkpointer:
     step = int(state.step)
     folder = self._folder / f'checkpoint_{step}'
     try:
-      if folder.exists():
+      if jax.process_index() == 0 and folder.exists():
         _remove(folder)
     except OSError as e:
       raise self._failure(e) from e
@@ -343,6 +343,7 @@ class Checkpointer:
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(tree), metadata=ocp.args.JsonSave(metadata)
         ),
+        force=True,  # the first process removes what is there, above; all wait for it
       )
     except Exception as e:
       raise self._failure(e) from e

@@ -93,13 +93,14 @@ def test_keeps_the_newest_and_every_so_many(tmp_path, settings, expected):
 
 
 def test_a_deletion_that_is_killed_leaves_no_half_of_a_checkpoint(tmp_path):
-  _save(tmp_path / 'one', 1, 2)
-  with at(None, tmp_path / 'one') as watch:
-    checkpoints._remove(tmp_path / 'one' / 'checkpoint_1')
-  assert checkpoints.steps_in(tmp_path / 'one') == [2] and watch.changes > 3
+  _save(tmp_path / 'before', 1, 2)
+  one = shutil.copytree(tmp_path / 'before', tmp_path / 'one')
+  with at(None, one) as watch:
+    checkpoints._remove(one / 'checkpoint_1')
+  assert checkpoints.steps_in(one) == [2] and watch.changes > 3
   for number in range(watch.changes):
     folder = tmp_path / f'killed_{number}'
-    _save(folder, 1, 2)
+    shutil.copytree(tmp_path / 'before', folder)
     assert dies(
       number, folder, lambda f=folder: checkpoints._remove(f / 'checkpoint_1')
     )
