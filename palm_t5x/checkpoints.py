@@ -13,6 +13,7 @@ onto any mesh, and stacks or unstacks layers where the model does otherwise.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -155,6 +156,8 @@ def _left_behind(directory: str | os.PathLike) -> set[int]:
 
 def _remove(folder: pathlib.Path):
   """Deletes a checkpoint; a kill leaves all of it, or what `clean` takes for litter."""
+  if not folder.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
   litter = folder.with_name(f'{folder.name}{_TEMPORARY}-deleted')
   shutil.rmtree(litter, ignore_errors=True)
   os.rename(folder, litter)
