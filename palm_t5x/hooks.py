@@ -125,6 +125,18 @@ class SignalHook:
     return f'{signal.Signals(self.received).name} at step {step}'
 
 
+def compile_ahead(trainer: Any, next_size: Callable[[int], int | None]) -> Hook:
+  """A hook that has the step for the next batch size compiled while this one trains."""
+
+  def hook(step: int, metrics: Mapping[str, Any]) -> None:
+    del metrics
+    size = next_size(step)
+    if size is not None:
+      trainer.compile_ahead(size)
+
+  return hook
+
+
 def run_actions(
   actions: Sequence[Any], state: Any, metrics_by_task: Mapping[str, Any]
 ) -> str | None:

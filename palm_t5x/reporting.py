@@ -122,6 +122,12 @@ class Reporter:
       mfu_label='of measured peak' if measured else 'MFU',
     )
 
+  def goes_back(self, step: int):
+    """The run goes on from `step`: what it wrote of later ones is removed."""
+    self._start = step
+    for writer in self._writers.values():
+      writer.drop_from(step + 1)
+
   def tick(self, step: int):
     """A step is done: moves the bar."""
     if not self._quiet:
