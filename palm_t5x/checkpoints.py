@@ -315,6 +315,11 @@ class Checkpointer:
       ocp.CompositeCheckpointHandler(), temporary_path_class=_SealedFolder
     )
 
+  @classmethod
+  def of_run(cls, directory: str, cfg: Any, reach: int | None) -> 'Checkpointer':
+    """As a utils.SaveCheckpointConfig says."""
+    return cls(directory, cfg.keep, cfg.dtype, cfg.keep_period, reach)
+
   def clean(self):
     """Removes what an interrupted save or rewind left behind."""
     if jax.process_index() == 0 and self._folder.is_dir():

@@ -12,6 +12,27 @@ from palm_t5x.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+def check(steps: Any):
+  """Refuses PROFILE_STEPS that name no steps.
+
+  Raises:
+    UserError: saying what can be given.
+  """
+  if steps is None:
+    return
+  pair = (1, steps) if isinstance(steps, int) else steps
+  try:
+    first, last = pair
+    good = 1 <= first <= last and int(first) == first and int(last) == last
+  except (TypeError, ValueError):
+    good = False
+  if not good:
+    raise UserError(
+      f'PROFILE_STEPS={steps!r}: give the number of steps to profile, or the first and '
+      'the last, such as (100, 104).'
+    )
+
+
 class ProfileHook:
   """Traces the steps `first` ... `last` of a run, a hook of the train loop.
 
@@ -29,25 +50,14 @@ class ProfileHook:
   _WARM = 10  # steps before a profile that names no first step
 
   def __init__(self, steps: int | Sequence[int] | None, start: int, model_dir: str):
-    if isinstance(steps, int) and not isinstance(steps, bool):
+    check(steps)
+    if isinstance(steps, int):
       steps = (start + self._WARM + 1, start + self._WARM + steps)
-    self._first, self._last = self._checked(steps) if steps else (None, None)
+    self._first, self._last = steps or (None, None)
     self._model_dir = os.path.abspath(model_dir)
     self._running = False
     if self._first == start + 1:
       self._begin()
-
-  def _checked(self, steps: Any) -> tuple[int, int]:
-    try:
-      first, last = (int(step) for step in steps)
-    except (TypeError, ValueError):
-      first, last = 0, 0
-    if not 1 <= first <= last:
-      raise UserError(
-        f'PROFILE_STEPS={steps!r}: give the number of steps to profile, or the first '
-        'and the last, such as (100, 104).'
-      )
-    return first, last
 
   def _begin(self):
     jax.profiler.start_trace(self._model_dir)

@@ -19,6 +19,7 @@ from palm_t5x import (
   gin_check,
   gin_utils,
   hooks,
+  profiling,
   provenance,
   rewind,
   run_dir,
@@ -65,6 +66,7 @@ def train(
   sampling: generation.SamplingConfig | None = None,
   loss_spike_recovery: LossSpikeRecovery | None = None,
   skip_batches: Sequence[Any] = (),
+  profile_steps: int | Sequence[int] | None = None,
 ) -> dict[str, float]:
   """Trains, resuming from the newest checkpoint in `model_dir` (T5X's train).
 
@@ -96,6 +98,7 @@ def train(
     loss_spike_recovery: goes back and skips data when the loss spikes; None does not.
     skip_batches: 'a:b' texts, half-open ranges of batch numbers of the unskipped run;
       kept in checkpoints from then on.
+    profile_steps: which steps to write a profile of; see profiling.ProfileHook.
 
   Returns:
     The closing evaluation's overall metrics ({} without one).
@@ -107,17 +110,14 @@ def train(
   seed = _seed(random_seed, use_hardware_rng)
   skip_batches = parse_ranges(skip_batches)
   check_numbers(total_steps, relative_steps, eval_period, stats_period, eval_steps)
-  evals = [cfg for cfg in (train_eval_dataset_cfg, infer_eval_dataset_cfg) if cfg]
-  model_dir = prepare_run(
-    model, train_dataset_cfg, evals, partitioner, model_dir, cache_dir
-  )
+  profiling.check(profile_steps)
+  cfgs = (train_dataset_cfg, train_eval_dataset_cfg, infer_eval_dataset_cfg)
+  model_dir = prepare_run(model, cfgs, partitioner, model_dir, cache_dir)
   shapes = train_dataset_cfg.input_shapes
   initializer = TrainStateInitializer(model, partitioner, shapes)
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
   recovery = rewind.Recovery(loss_spike_recovery, model_dir)
-  checkpointer = checkpoints.Checkpointer(
-    model_dir, save_cfg.keep, save_cfg.dtype, save_cfg.keep_period, recovery.reach
-  )
+  checkpointer = checkpoints.Checkpointer.of_run(model_dir, save_cfg, recovery.reach)
   metadata = provenance.describe(model, partitioner, seed)
   restart = functools.partial(
     initial_state, initializer, checkpointer, checkpoint_cfg.restore, metadata
@@ -129,8 +129,9 @@ def train(
   data = datasets.TrainDataset(
     train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skip_batches
   )
-  trainer = _trainer(trainer_cls, initializer, state, model_dir, seed)
-  check_batches(train_dataset_cfg, partitioner, trainer.num_microbatches)
+  trainer = _trainer(
+    trainer_cls, initializer, state, model_dir, seed, train_dataset_cfg
+  )
   reporter = Reporter(
     model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )
@@ -141,6 +142,7 @@ def train(
     run = TrainingRun(
       trainer, data, checkpointer, reporter, metadata, actions or {}, recovery, restart
     )
+    run.profile(profile_steps, start)
     run.add_loss_evaluation(
       train_eval_dataset_cfg, cache_dir, seed, eval_steps, final_eval_steps
     )
@@ -164,9 +166,9 @@ def _seed(random_seed: int | None, use_hardware_rng: bool) -> int:
   return random_seed or 0
 
 
-def _trainer(trainer_cls, initializer, state, model_dir, seed):
-  """The Trainer, with the arguments that T5X's has."""
-  return trainer_cls(
+def _trainer(trainer_cls, initializer, state, model_dir, seed, cfg):
+  """The Trainer, with T5X's arguments; its microbatches divide every batch."""
+  trainer = trainer_cls(
     model=initializer.model,
     train_state=state,
     partitioner=initializer.partitioner,
@@ -175,6 +177,8 @@ def _trainer(trainer_cls, initializer, state, model_dir, seed):
     train_state_axes=initializer.axes,
     rng=jax.random.key(seed),
   )
+  check_batches(cfg, initializer.partitioner, trainer.num_microbatches)
+  return trainer
 
 
 def check_batches(
@@ -210,13 +214,19 @@ def check_numbers(
 
 def prepare_run(
   model: Any,
-  cfg: utils.DatasetConfig,
-  eval_cfgs: Sequence[utils.DatasetConfig],
+  cfgs: Sequence[utils.DatasetConfig | None],
   partitioner: Any,
   model_dir: str,
   cache_dir: str,
 ) -> str:
   """Checks what can be checked before any device work; learns a missing vocabulary.
+
+  Args:
+    model: a models.BaseModel.
+    cfgs: of training, then of the evaluations, None for those that there are not.
+    partitioner: the mesh.
+    model_dir: the run's folder.
+    cache_dir: where a vocabulary is kept.
 
   Returns:
     The absolute path of the run directory, which exists and can be written.
@@ -225,19 +235,20 @@ def prepare_run(
     UserError: for a batch that the mesh does not divide, an unknown task, an
       unwritable directory, vocabularies or sizes that do not match.
   """
-  check_batches(cfg, partitioner)
+  train_cfg, *eval_cfgs = cfgs = [cfg for cfg in cfgs if cfg]
+  check_batches(train_cfg, partitioner)
   for eval_cfg in eval_cfgs:
     partitioner.check_batch(eval_cfg.eval_batch_size, name='EVAL_BATCH_SIZE')
-  for each in (cfg, *eval_cfgs):
-    utils.check_split(each)
+  for cfg in cfgs:
+    utils.check_split(cfg)
   model_dir = run_dir.prepare(model_dir)
   vocabulary = model.output_vocabulary
   vocabulary_lib.use(vocabulary)
   prefer_copy(vocabulary, model_dir)
   datasets.learn_vocabulary(vocabulary, cache_dir)
   utils.verify_vocabulary_size(model)
-  for each in (cfg, *eval_cfgs):
-    utils.verify_matching_vocabs(each, model)
+  for cfg in cfgs:
+    utils.verify_matching_vocabs(cfg, model)
   return model_dir
 
 
@@ -291,6 +302,7 @@ def train_loop(
     stats,
     run.recovery.hook(lambda step: step == stop or save_cfg.due(step)),
     hooks.compile_ahead(run.trainer, lambda step: run.data.next_size(step - 1)),
+    run.profiler,
     hooks.periodically(eval_period, run.evaluate, never_at=stop),
     lambda step, metrics: run.save(step) if save_cfg.due(step) else None,
     signals,

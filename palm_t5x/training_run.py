@@ -15,6 +15,7 @@ from palm_t5x import (
   evaluation,
   generation,
   hooks,
+  profiling,
   rewind,
   run_dir,
   utils,
@@ -55,6 +56,7 @@ class TrainingRun:
     self._task_evaluator: evaluation.TaskEvaluator | None = None
     # Beyond one train loop: a signal during a rewind ends the run after it.
     self.signals = hooks.SignalHook()
+    self.profile(None, 0)
     self._starts_at(int(self.trainer.train_state.step))
 
   def _starts_at(self, step: int):
@@ -65,6 +67,10 @@ class TrainingRun:
   def partitioner(self) -> Any:
     """The mesh everything runs on."""
     return self.trainer.partitioner
+
+  def profile(self, steps: int | Sequence[int] | None, start: int):
+    """Traces these steps, of a run that goes on from `start`."""
+    self.profiler = profiling.ProfileHook(steps, start, self.checkpointer.directory)
 
   def add_loss_evaluation(
     self,
@@ -205,6 +211,7 @@ class TrainingRun:
       SystemExit: with 128 + signal number, after a signal.
     """
     step = int(self.trainer.train_state.step)
+    self.profiler.close()
     if self.stop_signal:
       self.checkpointer.wait()
       self.reporter.stopped(step, signal.Signals(self.stop_signal).name)
