@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from palm_t5x import layers
+from palm_t5x import layers, target
 from palm_t5x.errors import UserError
 
 _NAMED = jax.checkpoint_policies.save_only_these_names
@@ -115,10 +115,10 @@ class TransformerConfig:
 
   @property
   def mode(self):
-    """'float32', 'bfloat16' or 'fast'; 'auto' asks JAX which backend it runs on."""
+    """'float32', 'bfloat16' or 'fast'; 'auto' asks what is compiled for."""
     if self.dtype != 'auto':
       return self.dtype
-    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return 'float32' if target.platform() == 'cpu' else 'bfloat16'
 
   @property
   def unroll(self):

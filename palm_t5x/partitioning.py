@@ -190,6 +190,7 @@ class PjitPartitioner:
     mesh_axis_names: names of the mesh axes, outermost first.
     params_on_devices: accepted for T5X; parameters are always on the devices.
     backend: JAX platform to take the devices from; None for the default one.
+    devices: the devices themselves, such as those of a machine that is elsewhere.
   """
 
   num_partitions: int | None = None
@@ -200,6 +201,7 @@ class PjitPartitioner:
   dcn_mesh_shape: MeshShape | None = None
   logical_axis_rules: Rules | None = None
   mesh_axis_names: Sequence[str] = ('pod', 'data', 'model')
+  devices: Sequence[Any] | None = None
 
   def __post_init__(self):
     rules = self.logical_axis_rules
@@ -215,7 +217,7 @@ class PjitPartitioner:
       UserError: if the devices there are do not make up the mesh that is asked for.
     """
     names = tuple(self.mesh_axis_names)
-    devices = jax.devices(self.backend)
+    devices = self.devices or jax.devices(self.backend)
     partitions = self.num_partitions
     if self.model_parallel_submesh:
       partitions = math.prod(self.model_parallel_submesh)
