@@ -208,7 +208,7 @@ def _no_cache() -> Iterator[None]:
 
 
 def _total_bytes(folder: str, compiled: Any) -> int:
-  """ "Total bytes" of the compiler's report on main memory, else the sum of its parts."""
+  """The compiler's own total of main memory; on CPU, which reports none, the parts."""
   for path in glob.glob(os.path.join(folder, '*memory-usage-report.txt')):
     with open(path) as f:
       found = re.search(r'color=0\)\s*Total bytes: (\d+)', f.read())

@@ -31,8 +31,8 @@ def heading(facts: Mapping[str, Any]) -> str:
       (
         'stated rates',
         f'{chip["peak_flops"] / 1e12:.0f} TFLOP/s, HBM '
-        f'{chip["hbm_bytes_per_second"] / 1e9:.0f} GB/s, ICI {chip["ici_links"]} links of '
-        f'{chip["ici_bytes_per_second"] / 1e9:.0f} GB/s, DCN '
+        f'{chip["hbm_bytes_per_second"] / 1e9:.0f} GB/s, ICI {chip["ici_links"]} links '
+        f'of {chip["ici_bytes_per_second"] / 1e9:.0f} GB/s, DCN '
         f'{chip["dcn_bytes_per_second"] / 1e9:.3g} GB/s per chip',
       )
     )
@@ -45,8 +45,8 @@ def program(facts: Mapping[str, Any]) -> str:
   lines = [
     '',
     f'Train step of {facts["batch_size"]:,} sequences{_ways(facts)}',
-    f'  compiled in {seconds["compile"]:.0f} s (and {seconds["trace"]:.0f} s of tracing), '
-    f'{facts["host_bytes"] / GIB:.2f} GiB of this machine',
+    f'  compiled in {seconds["compile"]:.0f} s, after {seconds["trace"]:.0f} s of '
+    f'tracing; {facts["host_bytes"] / GIB:.2f} GiB of this machine',
     '',
     'Bytes of a chip',
     *_memory(facts['memory']),
@@ -74,11 +74,12 @@ def _ways(facts: Mapping[str, Any]) -> str:
 
 def _memory(memory: Mapping[str, float]) -> list[str]:
   limit = memory['limit']
-  of = f' of {limit / GIB:.2f} usable ({100 * memory["total"] / limit:.0f} %)'
-  return [
-    f'  {name:14}{memory[name] / GIB:10.2f} GiB{of if limit and name == "total" else ""}'
-    for name in ('parameters', 'optimizer', 'activations', 'temporaries', 'total')
-  ]
+  names = ('parameters', 'optimizer', 'activations', 'temporaries', 'total')
+  lines = [f'  {name:14}{memory[name] / GIB:10.2f} GiB' for name in names]
+  if limit:
+    share = 100 * memory['total'] / limit
+    lines[-1] += f' of {limit / GIB:.2f} usable ({share:.0f} %)'
+  return lines
 
 
 def _traffic(collectives: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -178,8 +179,8 @@ def ranking(tried: Sequence[Mapping[str, Any]]) -> str:
   for one in tried:
     if not one['fits']:
       lines.append(
-        f'  -  does not fit: {one["used"] / GIB:7.2f} of {one["limit"] / GIB:.2f} GiB   '
-        f'{one["text"]}'
+        f'  -  does not fit: {one["used"] / GIB:7.2f} of {one["limit"] / GIB:.2f} GiB'
+        f'   {one["text"]}'
       )
   lines.append(
     f'Ranked by the summed bound among the {len(fitting)} of {len(tried)} that fit. '

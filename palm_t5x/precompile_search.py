@@ -1,4 +1,4 @@
-"""Looks for ways to compile a step: those that fit, and the fastest bound among them."""
+"""Looks for ways to compile a step: those that fit, and the fastest of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

@@ -136,8 +136,8 @@ def _is_text(name: Any) -> bool:
 def _unknown(name: Any, why: str = '') -> UserError:
   hint = did_you_mean(str(name), EXAMPLES)
   return UserError(
-    f'TOPOLOGY={name!r} is unknown{why}: it is a kind of chip and the shape of a slice, '
-    f'such as {", ".join(EXAMPLES)}.{hint}'
+    f'TOPOLOGY={name!r} is unknown{why}: it is a kind of chip and the shape of a '
+    f'slice, such as {", ".join(EXAMPLES)}.{hint}'
   )
 
 
@@ -189,8 +189,8 @@ def _described(name, kind: str, num_slices: int, cache_dir) -> Sequence[Any]:
   """What libtpu says of a topology. Its own lines do not reach the user."""
   if importlib.util.find_spec('libtpu') is None:
     raise Failure(
-      f"TOPOLOGY={name} needs libtpu, which is not installed: pip install 'palm_t5x[tpu]'"
-      " (or bind a TOPOLOGY of simulated devices, such as 'cpu:8')."
+      f'TOPOLOGY={name} needs libtpu, which is not installed: '
+      "pip install 'palm_t5x[tpu]' (or bind a TOPOLOGY of simulated devices, such as 'cpu:8')."
     )
   environment.quiet_libtpu(cache_dir)
   try:
