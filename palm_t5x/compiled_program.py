@@ -239,10 +239,11 @@ class _Account:
     axes, size = hlo_groups.axes(instruction, self._mesh.axes, self._mesh.in_slice)
     if size < 2:
       return
+    network = DCN if set(axes) & set(self._mesh.slices) else ICI
     for operand, result in zip(operands, results, strict=False):
       put, got = operand.bytes, result.bytes
       wire = wire_bytes(kind, size, got, put)
-      yield Collective(kind, axes, ICI, operand.dtype, size, got, put, wire, 1)
+      yield Collective(kind, axes, network, operand.dtype, size, got, put, wire, 1)
 
   def _send(self, instruction, computation) -> Iterator[Collective]:
     """Megascale: what one slice sends to the others over the data-centre network."""

@@ -62,7 +62,7 @@ def prepare(
       _update_jax(name, value)
 
 
-def compile_only(topology: object) -> None:
+def compile_only(topology: object, num_slices: object = 1) -> None:
   """Readies a process that compiles for another machine and runs nothing.
 
   No accelerator is looked for, and as many CPU devices are simulated as `topology`,
@@ -70,6 +70,7 @@ def compile_only(topology: object) -> None:
 
   Args:
     topology: the macro TOPOLOGY; None means this machine, and changes nothing.
+    num_slices: the macro NUM_SLICES: how many times as many.
   """
   if not isinstance(topology, str):
     return
@@ -78,7 +79,8 @@ def compile_only(topology: object) -> None:
   flags = os.environ.get('XLA_FLAGS', '')
   option = '--xla_force_host_platform_device_count'
   if kind == 'cpu' and count.isdigit() and option not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {option}={count}'.strip()
+    devices = int(count) * (num_slices if isinstance(num_slices, int) else 1)
+    os.environ['XLA_FLAGS'] = f'{flags} {option}={devices}'.strip()
 
 
 def quiet_libtpu(cache: str | None = None) -> None:

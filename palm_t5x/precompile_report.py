@@ -18,7 +18,7 @@ def heading(facts: Mapping[str, Any]) -> str:
   rows = [
     (
       'model',
-      f'{facts["parameters"] / 1e9:.2f} B parameters, {facts["dtype"]}, '
+      f'{facts["parameters"] / 1e9:.4g} B parameters, {facts["dtype"]}, '
       f'attention {facts["attention_kernel"]}',
     ),
     ('machine', f'{machine}: {facts["chips"]:,} devices ({facts["device_kind"]})'),
@@ -75,16 +75,21 @@ def _ways(facts: Mapping[str, Any]) -> str:
 def _memory(memory: Mapping[str, float]) -> list[str]:
   limit = memory['limit']
   names = ('parameters', 'optimizer', 'activations', 'temporaries', 'total')
-  lines = [f'  {name:14}{memory[name] / GIB:10.2f} GiB' for name in names]
+  size, unit = (GIB, 'GiB') if memory['total'] >= GIB / 8 else (2.0**20, 'MiB')
+  lines = [f'  {name:14}{memory[name] / size:10.2f} {unit}' for name in names]
   if limit:
     share = 100 * memory['total'] / limit
-    lines[-1] += f' of {limit / GIB:.2f} usable ({share:.0f} %)'
+    lines[-1] += f' of {limit / size:,.2f} usable ({share:.0f} %)'
   return lines
 
 
 def _traffic(collectives: Sequence[Mapping[str, Any]]) -> list[str]:
   """By axis and kind; what is under a thousandth of its network's bytes is summed."""
-  lines = ['  axis        kind                 dtype   count   result GB     sent GB']
+  most = max((c['wire_bytes'] for c in collectives), default=0)
+  unit, size = ('GB', 1e9) if most >= 1e8 else ('MB', 1e6)
+  lines = [
+    f'  axis        kind                 dtype   count   result {unit}     sent {unit}'
+  ]
   for network in ('ici', 'dcn'):
     rows = [c for c in collectives if c['network'] == network]
     least = sum(c['wire_bytes'] for c in rows) / 1000
@@ -92,15 +97,15 @@ def _traffic(collectives: Sequence[Mapping[str, Any]]) -> list[str]:
     for c in shown:
       lines.append(
         f'  {_axis(c):11} {c["kind"]:20} {c["dtype"]:5} {c["count"]:7,} '
-        f'{c["result_bytes"] / 1e9:11.3f} {c["wire_bytes"] / 1e9:11.3f}'
+        f'{c["result_bytes"] / size:11.3f} {c["wire_bytes"] / size:11.3f}'
       )
     rest = [c for c in rows if c not in shown]
     if rest:
       lines.append(
         f'  {"others":11} {"small ones":20} {"":5} '
         f'{sum(c["count"] for c in rest):7,} '
-        f'{sum(c["result_bytes"] for c in rest) / 1e9:11.3f} '
-        f'{sum(c["wire_bytes"] for c in rest) / 1e9:11.3f}'
+        f'{sum(c["result_bytes"] for c in rest) / size:11.3f} '
+        f'{sum(c["wire_bytes"] for c in rest) / size:11.3f}'
       )
   return lines if len(lines) > 1 else ['  none']
 
@@ -135,7 +140,11 @@ def _flops(flops: Mapping[str, Any]) -> list[str]:
 
 
 def _bounds(bounds: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-  seconds = {k: v for k, v in bounds['seconds'].items() if v >= 0.0005}
+  seconds = {
+    k: v
+    for k, v in bounds['seconds'].items()
+    if v >= 0.001 * bounds['summed']['seconds']
+  }
   parts = ', '.join(f'{k} {v:.3g}' for k, v in seconds.items())
   lines = [
     'Bounds from the stated rates: at most, never a prediction',
@@ -154,7 +163,7 @@ def _bounds(bounds: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 
 
 def _row(text: str, rates: Mapping[str, float], seconds: float | None) -> str:
-  shown = f'{seconds:8.2f}' if seconds else ' ' * 8
+  shown = f'{seconds:8.3g}' if seconds else ' ' * 8
   return (
     f'  {text:30} {shown} {rates["tokens_per_second"]:11,.0f} '
     f'{100 * rates["mfu"]:6.1f}% {100 * rates["hfu"]:6.1f}%'

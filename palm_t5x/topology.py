@@ -61,7 +61,12 @@ class Topology:
 
   def mesh(self, mesh: Any) -> compiled_program.Mesh:
     """What device numbers in a program for this jax Mesh mean."""
-    slices = np.vectorize(lambda d: getattr(d, 'slice_index', 0) or 0)(mesh.devices)
+    each = len(self.devices) // self.num_slices
+    number = {
+      device.id: getattr(device, 'slice_index', None) or place // each
+      for place, device in enumerate(self.devices)
+    }
+    slices = np.vectorize(lambda device: number[device.id])(mesh.devices)
     spans = {name: _distinct(slices, axis) for axis, name in enumerate(mesh.axis_names)}
     across = {name: n for name, n in spans.items() if n > 1}
     return compiled_program.Mesh(dict(mesh.shape), across)
@@ -113,7 +118,8 @@ def find(
     return _here(backend, num_slices)
   kind, shape = _parse(name)
   if kind == 'cpu':
-    return Topology(name, 1, 'cpu', None, _simulated(shape[0], num_slices))
+    devices = _simulated(name, shape[0] * num_slices)
+    return Topology(name, num_slices, 'cpu', None, devices)
   devices = _described(name, kind, num_slices, cache_dir)
   return Topology(name, num_slices, 'tpu', kind, devices)
 
@@ -157,18 +163,14 @@ def _here(backend: str | None, num_slices: int) -> Topology:
   return Topology('here', 1, devices[0].platform, None, devices)
 
 
-def _simulated(count: int, num_slices: int) -> Sequence[Any]:
+def _simulated(name: str, count: int) -> Sequence[Any]:
   """The first CPU devices of this process, which `environment` asked XLA for."""
-  if num_slices > 1:
-    raise UserError(
-      f'NUM_SLICES={num_slices}: simulated CPU devices have no slices; bind 1 and a '
-      'TOPOLOGY of more devices.'
-    )
   devices = _cpu_devices(count)
   if len(devices) < count:
     raise Failure(
-      f'TOPOLOGY=cpu:{count}, but XLA simulates {len(devices)} CPU devices in this '
-      f'process: set XLA_FLAGS=--xla_force_host_platform_device_count={count}.'
+      f'TOPOLOGY={name} asks for {count} devices in all, but XLA simulates '
+      f'{len(devices)} in this process: set '
+      f'XLA_FLAGS=--xla_force_host_platform_device_count={count}.'
     )
   return devices[:count]
 
@@ -190,7 +192,8 @@ def _described(name, kind: str, num_slices: int, cache_dir) -> Sequence[Any]:
   if importlib.util.find_spec('libtpu') is None:
     raise Failure(
       f'TOPOLOGY={name} needs libtpu, which is not installed: '
-      "pip install 'palm_t5x[tpu]' (or bind a TOPOLOGY of simulated devices, such as 'cpu:8')."
+      "pip install 'palm_t5x[tpu]' (or bind a TOPOLOGY of simulated devices, such as "
+      "'cpu:8')."
     )
   environment.quiet_libtpu(cache_dir)
   try:
