@@ -149,7 +149,8 @@ def _unknown(name: Any, why: str = '') -> UserError:
 
 def _here(backend: str | None, num_slices: int) -> Topology:
   try:
-    devices = jax.devices(backend)
+    with held_output():  # of backends that find nothing here
+      devices = jax.devices(backend)
   except RuntimeError as error:
     raise UserError(
       f'TOPOLOGY is not bound, and this machine has no {backend}: name the machine to '
