@@ -141,24 +141,36 @@ def parse(text: str) -> Module:
   """Reads a module.
 
   Raises:
-    ValueError: if the text has no entry computation.
+    ValueError: if the text has no entry computation, or one of them no result.
   """
   computations: dict[str, dict[str, Instruction]] = {}
-  entry, current = None, None
+  entry, name = None, None
+  pending: list[str] = []  # the lines of one instruction: attributes may hold breaks
+
+  def finish() -> None:
+    if pending:
+      instruction = _instruction('\n'.join(pending))
+      computations[name][instruction.name] = instruction
+      pending.clear()
+
   for line in text.splitlines():
-    if current is None or not line.startswith(' '):
-      found = _COMPUTATION.match(line)
-      if found:
-        current = computations.setdefault(found[2], {})
-        entry = found[2] if found[1] else entry
-      elif line.startswith('}'):
-        current = None
-      continue
-    instruction = _instruction(line)
-    if instruction is not None:
-      current[instruction.name] = instruction
-  if entry is None:
-    raise ValueError('this text is no HLO module: it has no ENTRY computation')
+    found = _COMPUTATION.match(line) if name is None else None
+    if found:
+      name = found[2]
+      computations[name] = {}
+      entry = name if found[1] else entry
+    elif name is not None and line.rstrip() == '}':
+      finish()
+      if not any(i.root for i in computations[name].values()):
+        raise ValueError(f'the computation %{name} has no result: its text is cut')
+      name = None
+    elif name is not None and _INSTRUCTION.match(line):
+      finish()
+      pending.append(line)
+    elif pending:
+      pending.append(line)
+  if entry is None or name is not None:
+    raise ValueError('this text is no whole HLO module: an ENTRY with its end')
   return Module(computations, entry)
 
 
@@ -170,10 +182,8 @@ def arrays_of(text: str) -> tuple[Array, ...]:
   )
 
 
-def _instruction(line: str) -> Instruction | None:
+def _instruction(line: str) -> Instruction:
   found = _INSTRUCTION.match(line)
-  if not found:
-    return None
   rest = line[found.end() :]
   cut = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
   arrays, rest = arrays_of(rest[:cut]), rest[cut:].lstrip()

@@ -93,6 +93,8 @@ def kernel(instruction: Instruction, computation) -> tuple[str, float | None]:
       if len(arrays) < 2:
         return name, None
       q, k = arrays[:2]
+      if 'dkv' in name and any(len(a.dims) > len(q.dims) for a in instruction.arrays):
+        products += 1  # it gives parts of dq too
       one = 2.0 * q.elements * k.dims[-2]  # [.., heads, T, K] x [.., S, K]
       return name, products * one / 2
   return name, None

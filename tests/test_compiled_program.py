@@ -113,6 +113,29 @@ ROOT %o = bf16[4,8,256,64] custom-call(%q, %k), custom_call_target="tpu_custom_c
   assert kernel.flops == (products and products * one / 2)
 
 
+def test_attributes_may_hold_line_breaks():
+  """JAX writes a Pallas kernel's metadata over several lines."""
+  text = (
+    module("""
+%q = bf16[4,8,256,64]{3,2,1,0} parameter(0)
+%k = bf16[4,256,64]{2,1,0} parameter(1)
+%o = (bf16[2,4,8,256,64], bf16[4,256,64]) custom-call(%q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/splash_mqa_dkv_no_residuals/pallas_call"}
+ROOT %d = f32[8,8] dot(%k, %k), lhs_contracting_dims={0,1}, rhs_contracting_dims={0,1}
+""")
+    .replace('  "xprof', '"xprof')
+    .replace('  }}, meta', '}}, meta')
+  )
+  program = analyze(text, MESH)
+  (kernel,) = program.kernels
+  assert kernel.name == 'splash_mqa_dkv_no_residuals'
+  assert kernel.flops == 5 / 2 * 2 * 4 * 8 * 256 * 64 * 256  # dq's parts too
+  assert program.flops == 2 * 8 * 8 * 4 * 256
+  with pytest.raises(ValueError, match='its text is cut'):
+    analyze(text.replace('ROOT ', ''), MESH)
+
+
 # --- Loops.
 
 LOOP = """
@@ -374,7 +397,7 @@ def test_arrays_are_padded_to_whole_tiles(array, size):
 
 
 def test_text_that_is_no_program():
-  with pytest.raises(ValueError, match='no HLO module'):
+  with pytest.raises(ValueError, match='no whole HLO module'):
     analyze('nothing', MESH)
 
 
