@@ -23,14 +23,14 @@ from palm_t5x import compiled_program, environment
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.gin_files import did_you_mean
 
-# By kind: axes of the torus, largest published slice (chips), options for libtpu. A
-# chip of v4 or v5p has two cores that JAX uses as one device ('megacore').
-_MEGACORE = {'chip_config_name': 'megacore', 'chips_per_host_bounds': (2, 2, 1)}
+# By kind: axes of the torus, and options for libtpu. A chip of v4 or v5p has two cores
+# that JAX uses as one device ('megacore').
+_MEGACORE = {'chip_config_name': 'megacore'}
 KINDS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
   'v4': (3, _MEGACORE),
   'v5p': (3, _MEGACORE),
-  'v5e': (2, {'chips_per_host_bounds': (2, 2, 1)}),
-  'v6e': (2, {'chips_per_host_bounds': (2, 2, 1)}),
+  'v5e': (2, {}),
+  'v6e': (2, {}),
 }
 EXAMPLES = (
   *('v4:2x2x1', 'v4:2x2x2', 'v4:4x4x4', 'v4:8x8x8', 'v4:8x8x16', 'v4:12x16x16'),
@@ -120,7 +120,7 @@ def find(
   if kind == 'cpu':
     devices = _simulated(name, shape[0] * num_slices)
     return Topology(name, num_slices, 'cpu', None, devices)
-  devices = _described(name, kind, num_slices, cache_dir)
+  devices = _described(name, kind, shape, num_slices, cache_dir)
   return Topology(name, num_slices, 'tpu', kind, devices)
 
 
@@ -188,7 +188,7 @@ def _cpu_devices(count: int) -> Sequence[Any]:
   return jax.devices('cpu')
 
 
-def _described(name, kind: str, num_slices: int, cache_dir) -> Sequence[Any]:
+def _described(name, kind: str, shape, num_slices: int, cache_dir) -> Sequence[Any]:
   """What libtpu says of a topology. Its own lines do not reach the user."""
   if importlib.util.find_spec('libtpu') is None:
     raise Failure(
@@ -204,6 +204,7 @@ def _described(name, kind: str, num_slices: int, cache_dir) -> Sequence[Any]:
         topology_name=name,
         wrap=(True,) * 3,
         num_slices=num_slices,
+        chips_per_host_bounds=(min(2, shape[0]), min(2, shape[1]), 1),
         **KINDS[kind][1],
       )
     return described.devices
