@@ -59,11 +59,15 @@ class Topology:
   kind: str | None
   devices: Sequence[Any]
 
+  @property
+  def _knows_slices(self) -> bool:
+    return self.platform == 'tpu' and self.num_slices > 1
+
   def mesh(self, mesh: Any) -> compiled_program.Mesh:
     """What device numbers in a program for this jax Mesh mean."""
     each = len(self.devices) // self.num_slices
     number = {
-      device.id: getattr(device, 'slice_index', None) or place // each
+      device.id: device.slice_index if self._knows_slices else place // each
       for place, device in enumerate(self.devices)
     }
     slices = np.vectorize(lambda device: number[device.id])(mesh.devices)
