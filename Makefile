@@ -9,6 +9,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+SLOW ?= slow
 MODEL_DIR ?= runs/palm_tiny
 
 .PHONY: train test test-slow lint constraints bench clean
@@ -21,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -q -m "$(SLOW)" $(PYTEST_ARGS) || test $$? -eq 5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,10 +7,13 @@
 Orbax writes into `checkpoint_<step>.orbax-checkpoint-tmp` in the background; the
 checksums are written and everything is fsynced there, and only then is the folder
 renamed. So a folder with the final name is whole, or it was damaged later, which the
-checksums tell. Restoring reshards onto any mesh.
+checksums tell. It is deleted by a rename first, for the same reason. Restoring reshards
+onto any mesh, and stacks or unstacks layers where the model does otherwise.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -25,7 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import atomicity
 
+from palm_t5x import layer_layout, processes, timeline
 from palm_t5x.errors import Failure, UserError, disk_problem
 from palm_t5x.train_state import TrainState
 
@@ -34,8 +39,6 @@ logger = logging.getLogger(__name__)
 CHECKSUMS = 'checksums.json'
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _NAME = re.compile(r'^checkpoint_(\d+)$')
-# Orbax rewrites these while it renames; they hold nothing that is restored.
-_UNCHECKED = ('_CHECKPOINT_METADATA', 'commit_success.txt', CHECKSUMS)
 
 
 def _digests(folder: pathlib.Path, sync: bool = False) -> dict[str, str]:
@@ -43,7 +46,7 @@ def _digests(folder: pathlib.Path, sync: bool = False) -> dict[str, str]:
   digests = {}
   for path in sorted(p for p in folder.rglob('*') if p.is_file()):
     name = path.relative_to(folder).as_posix()
-    if name in _UNCHECKED:
+    if name == CHECKSUMS:
       continue
     with path.open('rb') as f:
       digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16))
@@ -60,6 +63,34 @@ def _write_checksums(folder: pathlib.Path):
     os.fsync(f.fileno())
 
 
+class _SealedFolder(atomicity.AtomicRenameTemporaryPath):
+  """Orbax's temporary folder, sealed with checksums between its last word and its name.
+
+  Orbax finishes two files of its own just before it renames; so it is let rename to one
+  more temporary name, and the checksums cover those files too.
+  """
+
+  async def finalize(self):
+    final = self._final_path
+    self._final_path = self._tmp_path.with_name(self._tmp_path.name + '-unsealed')
+    try:
+      await super().finalize()
+      unsealed = pathlib.Path(self._final_path)
+      _write_checksums(unsealed)
+      os.rename(unsealed, final)
+      _sync_folder(unsealed.parent)
+    finally:
+      self._final_path = final
+
+
+def _sync_folder(folder: pathlib.Path):
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
 def damage(folder: str | os.PathLike) -> str | None:
   """What is wrong with a checkpoint folder, in words; None if it is whole."""
   folder = pathlib.Path(folder)
@@ -67,22 +98,27 @@ def damage(folder: str | os.PathLike) -> str | None:
     recorded = json.loads((folder / CHECKSUMS).read_text())
   except FileNotFoundError:
     return f'{CHECKSUMS} is missing'
-  except (OSError, ValueError) as e:
+    recorded = dict(recorded.items())
+  except (OSError, ValueError, AttributeError) as e:
     return f'{CHECKSUMS} is unreadable ({e})'
   try:
     found = _digests(folder)
   except OSError as e:
     return f'unreadable ({e})'
+  # Older checkpoints left these two out, which Orbax writes last.
+  unrecorded = ('_CHECKPOINT_METADATA', 'commit_success.txt')
   for name, digest in recorded.items():
     if name not in found:
       return f'{name} is missing'
     if found[name] != digest:
       return f'{name} has changed since it was written'
+  for name in found:
+    if name not in recorded and name not in unrecorded:
+      return f'{name} is in no {CHECKSUMS}'
   return None
 
 
-def steps_in(directory: str | os.PathLike) -> list[int]:
-  """Steps of the committed checkpoints in a run directory, oldest first."""
+def _all_steps(directory: str | os.PathLike) -> list[int]:
   folder = pathlib.Path(directory)
   if not folder.is_dir():
     return []
@@ -90,12 +126,56 @@ def steps_in(directory: str | os.PathLike) -> list[int]:
   return sorted(int(m.group(1)) for m in matches if m)
 
 
+def steps_in(directory: str | os.PathLike) -> list[int]:
+  """Steps of the committed checkpoints in a run directory, oldest first.
+
+  Those that a rewind left behind are not among them, even where a kill has kept the
+  rewind from removing them.
+  """
+  steps, gone = _all_steps(directory), _left_behind(directory)
+  return [step for step in steps if step not in gone]
+
+
+def _left_behind(directory: str | os.PathLike) -> set[int]:
+  """Steps of the checkpoints that belong to an abandoned timeline."""
+  entries = timeline.read(directory)
+  gone = set()
+  for step in _all_steps(directory) if entries else ():
+    if not timeline.left_behind(entries, step, 0):
+      continue  # older than every target: no need to look inside
+    try:
+      rewinds = read_metadata(pathlib.Path(directory) / f'checkpoint_{step}')['rewinds']
+    except KeyError:
+      rewinds = 0
+    except (OSError, ValueError, TypeError):
+      continue  # damaged: whoever restores says so
+    if timeline.left_behind(entries, step, rewinds):
+      gone.add(step)
+  return gone
+
+
+def _remove(folder: pathlib.Path):
+  """Deletes a checkpoint; a kill leaves all of it, or what `clean` takes for litter."""
+  if not folder.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+  litter = folder.with_name(f'{folder.name}{_TEMPORARY}-deleted')
+  shutil.rmtree(litter, ignore_errors=True)
+  os.rename(folder, litter)
+  shutil.rmtree(litter, ignore_errors=True)
+
+
 def find(path: str | os.PathLike) -> pathlib.Path:
   """The checkpoint folder that `path` means: itself, or a run's newest whole one.
+
+  Process 0 looks, for all of them.
 
   Raises:
     UserError: if there is none, naming what is there instead.
   """
+  return pathlib.Path(processes.decide(lambda: str(_find(path))))
+
+
+def _find(path: str | os.PathLike) -> pathlib.Path:
   folder = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if (folder / 'state').is_dir():
     return folder
@@ -133,14 +213,16 @@ def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _check_shapes(folder: pathlib.Path, wanted: dict[str, tuple[int, ...]]):
+def _check_shapes(
+  folder: pathlib.Path,
+  stored: dict[str, tuple[int, ...]],
+  wanted: dict[str, tuple[int, ...]],
+):
   """Refuses a checkpoint of another model before anything is read.
 
   Raises:
     UserError: naming the parameters that differ.
   """
-  handler = ocp.PyTreeCheckpointHandler()
-  stored = _flat_shapes(handler.metadata(folder / 'state').tree)
   roots = {name.split('/')[0] for name in wanted}
   stored = {n: s for n, s in stored.items() if n.split('/')[0] in roots}
   differences = [
@@ -176,12 +258,16 @@ def load(
     UserError: if it is of another model.
   """
   folder = pathlib.Path(folder)
-  problem = damage(folder) if verify else None
+  problem = processes.decide(lambda: damage(folder)) if verify else None
   if problem:
     raise Failure(
       f'checkpoint {folder} is damaged: {problem}. Use an older one, or remove it.'
     )
-  _check_shapes(folder, _flat_shapes(abstract))
+  stored = ocp.PyTreeCheckpointHandler().metadata(folder / 'state').tree
+  layout = layer_layout.between(stored, abstract)
+  if layout is not None:
+    abstract, wanted = layout.stored(abstract), abstract
+  _check_shapes(folder, _flat_shapes(stored), _flat_shapes(abstract))
 
   def restore_args(leaf):
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -191,7 +277,7 @@ def load(
       dtype=jnp.dtype(dtype) if dtype and floating else leaf.dtype,
     )
 
-  return ocp.PyTreeCheckpointHandler().restore(
+  tree = ocp.PyTreeCheckpointHandler().restore(
     folder / 'state',
     args=ocp.args.PyTreeRestore(
       item=abstract,
@@ -199,6 +285,7 @@ def load(
       partial_restore=True,
     ),
   )
+  return tree if layout is None else layout.convert(tree, wanted)
 
 
 @dataclasses.dataclass
@@ -209,31 +296,32 @@ class Checkpointer:
     directory: the run's MODEL_DIR.
     keep: how many newest checkpoints to keep; None keeps all.
     dtype: floating point parameters are written in it ('float32' or 'bfloat16').
+    keep_period: those of steps that it divides are kept for good; None for none.
+    reach: the newest checkpoint at least so many steps old, and what is newer, is kept
+      for a rewind.
   """
 
   directory: str
   keep: int | None = None
   dtype: str = 'float32'
+  keep_period: int | None = None
+  reach: int | None = None
 
   def __post_init__(self):
     self._folder = pathlib.Path(self.directory)
     self._tmp: pathlib.Path | None = None
     _quiet_failed_saves()
     self._async = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(),
-      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+      ocp.CompositeCheckpointHandler(), temporary_path_class=_SealedFolder
     )
 
   def clean(self):
-    """Removes what an interrupted save left behind."""
+    """Removes what an interrupted save or rewind left behind."""
     if jax.process_index() == 0 and self._folder.is_dir():
+      for step in _left_behind(self._folder):
+        _remove(self._folder / f'checkpoint_{step}')
       for leftover in self._folder.glob(f'checkpoint_*{_TEMPORARY}*'):
         shutil.rmtree(leftover, ignore_errors=True)
-
-  def _seal(self):
-    """Runs in Orbax's thread, when all files are there and before the rename."""
-    if jax.process_index() == 0:
-      _write_checksums(self._tmp)
 
   def save(self, state: TrainState, metadata: dict[str, Any]):
     """Starts a save; returns as soon as the arrays have left the devices.
@@ -245,8 +333,8 @@ class Checkpointer:
     step = int(state.step)
     folder = self._folder / f'checkpoint_{step}'
     try:
-      if folder.exists():
-        shutil.rmtree(folder)
+      if jax.process_index() == 0 and folder.exists():
+        _remove(folder)
     except OSError as e:
       raise self._failure(e) from e
     self._tmp = folder.with_name(folder.name + _TEMPORARY)
@@ -264,6 +352,7 @@ class Checkpointer:
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(tree), metadata=ocp.args.JsonSave(metadata)
         ),
+        force=True,  # the first process removes what is there, above; all wait for it
       )
     except Exception as e:
       raise self._failure(e) from e
@@ -279,12 +368,24 @@ class Checkpointer:
     except Exception as e:
       raise self._failure(e) from e
     if self.keep and jax.process_index() == 0:
-      for step in steps_in(self._folder)[: -self.keep]:
-        shutil.rmtree(self._folder / f'checkpoint_{step}', ignore_errors=True)
+      for step in self._superfluous(steps_in(self._folder)):
+        with contextlib.suppress(OSError):
+          _remove(self._folder / f'checkpoint_{step}')
+
+  def _superfluous(self, steps: list[int]) -> list[int]:
+    """Of the steps that there are, oldest first, those that nothing keeps."""
+    kept = set(steps[-self.keep :])
+    if self.keep_period:
+      kept.update(step for step in steps if step % self.keep_period == 0)
+    if self.reach is not None and steps:
+      old_enough = [step for step in steps if step <= steps[-1] - self.reach]
+      kept.update(step for step in steps if step >= max(old_enough, default=0))
+    return [step for step in steps if step not in kept]
 
   def _failure(self, error: Exception) -> Failure:
     if self._tmp is not None and jax.process_index() == 0:
-      shutil.rmtree(self._tmp, ignore_errors=True)  # half of one, on a full disk
+      for half in self._folder.glob(f'{self._tmp.name}*'):  # on a full disk
+        shutil.rmtree(half, ignore_errors=True)
     kept = steps_in(self._folder)
     return Failure(
       f'the checkpoint could not be written under {self._folder}: '
@@ -314,17 +415,24 @@ class Checkpointer:
     Raises:
       Failure: if there are checkpoints and all are damaged.
     """
+    step = processes.decide(self._newest_whole)
+    if step is None:
+      return None
+    folder = self._folder / f'checkpoint_{step}'
+    tree = load(folder, abstract.to_tree(), verify=False)
+    return TrainState.from_tree(tree), read_metadata(folder)
+
+  def _newest_whole(self) -> int | None:
+    """The step to go on from; process 0 alone reads all of it for that."""
     steps = steps_in(self._folder)
     for step in reversed(steps):
       folder = self._folder / f'checkpoint_{step}'
       problem = damage(folder)
-      if problem:
-        logger.warning(
-          'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
-        )
-        continue
-      tree = load(folder, abstract.to_tree(), verify=False)
-      return TrainState.from_tree(tree), read_metadata(folder)
+      if problem is None:
+        return step
+      logger.warning(
+        'checkpoint %s is damaged: %s; trying the one before it.', folder, problem
+      )
     if steps:
       raise Failure(
         f'all {len(steps)} checkpoints in {self._folder} are damaged. Move them away '

@@ -43,6 +43,13 @@ FLAGS = (
   Flag('data_dir', str, 'folder of datasets in their original formats (DATA_DIR)'),
   Flag('tfds_data_dir', str, 'folder of TensorFlow Datasets, for tasks that use them'),
   Flag('seqio_additional_cache_dirs', list, "folders of SeqIO's own task caches"),
+  Flag(
+    'skip_batches',
+    'many',
+    'a:b: batches never to train on, as numbers of the unskipped run; repeat it',
+    ('train',),
+    'skip_batches',
+  ),
   Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
   Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
@@ -61,7 +68,6 @@ FLAGS = (
 )
 
 _SWITCHES = {flag.name for flag in FLAGS if flag.kind is bool}
-_PROCESS = ('coordinator_address', 'process_count', 'process_index')
 
 
 class Options(NamedTuple):
@@ -82,13 +88,6 @@ class Options(NamedTuple):
   gin: list[str]
   jax: dict[str, str]
   words: list[str]
-
-  @property
-  def several_processes(self) -> bool:
-    """Whether flags ask for jax.distributed."""
-    return bool(self.values.get('multiprocess_gpu')) or any(
-      name in self.values for name in _PROCESS
-    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -204,8 +203,9 @@ def _unknown_flag(text: str) -> str:
   if name.startswith('fdl_'):
     return f'--{name}: Fiddle configurations are not supported; use --gin_file.'
   hint = _near(f'--{name}', [f'--{flag.name}' for flag in FLAGS])
-  if not hint:
-    hint = (
+  if '_' in name or not hint:
+    # The name of a macro, in small letters, may look like a flag too.
+    hint += (
       f' Settings are bound through Gin, as --gin.{name.upper()}=...; see t5x --help.'
     )
   return f'unknown flag --{name}.{hint}'

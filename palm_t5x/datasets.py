@@ -7,19 +7,23 @@ beyond one number, the next example.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from palm_t5x import utils
-from palm_t5x.corpus import prepare
+from palm_t5x import processes, utils
+from palm_t5x.corpus import prepare, storage
 from palm_t5x.corpus.packing import SupervisedEvalReader, SupervisedReader
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.corpus.vocabulary import hash_of
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -35,6 +39,10 @@ class Position:
   step: int = 0
   examples_read: int = 0
   skips: tuple[tuple[int, int], ...] = ()
+
+  def skipping(self, more: Sequence[tuple[int, int]]) -> 'Position':
+    """The same place, with more ranges to pass over from there."""
+    return dataclasses.replace(self, skips=(*self.skips, *more))
 
   def to_json(self) -> dict[str, Any]:
     """Plain values for a checkpoint's metadata."""
@@ -57,19 +65,55 @@ class TrainDataset:
     cache_dir: str,
     seed: int,
     position: Position | None = None,
+    skip_batches: Sequence[tuple[int, int]] = (),
   ):
+    """Args: skip_batches: half-open ranges of batch numbers of the unskipped run."""
     seed = seed if cfg.seed is None else cfg.seed
     self.stores = _stores(cfg, vocabulary, cache_dir, seed)
     self.reader = _train_reader(self.stores, cfg, seed)
     self.length = self.reader.length
-    position = position or Position()
-    planned = BatchSchedule(cfg.batch_size).examples_read(position.step)
+    self._batch_size, self._skip_batches = cfg.batch_size, tuple(skip_batches)
+    self.move_to(position or Position())
+    self._say_what_came_too_late()
+
+  def move_to(self, position: Position):
+    """Goes on, or back, to where a checkpoint stands."""
+    planned = BatchSchedule(self._batch_size).examples_read(position.step)
     # A run resumed with another batch size goes on at the example where it stopped.
     self._schedule = BatchSchedule(
-      cfg.batch_size,
+      self._batch_size,
       skips=position.skips,
+      skip_batches=self._skip_batches,
       shift=position.examples_read - planned,
+      begun=position.step,
     )
+
+  def _say_what_came_too_late(self):
+    for missed in self._schedule.missed:
+      first, last = self.batch_numbers(*missed)
+      logger.warning(
+        '--skip_batches: batches %d:%d have been trained on already and are not '
+        'skipped; an older checkpoint would be needed.',
+        first,
+        last,
+      )
+
+  @property
+  def skips(self) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of example indices that are passed over."""
+    return self._schedule.skips
+
+  def examples(self, start: int, stop: int) -> tuple[int, int]:
+    """The half-open range of example indices that steps start ... stop-1 read in."""
+    return self._schedule.examples_of_steps(start, stop)
+
+  def batch_numbers(self, first: int, last: int) -> tuple[int, int]:
+    """The batches of the unskipped run that hold examples first ... last-1."""
+    return self._schedule.batch_numbers(first, last)
+
+  def next_size(self, step: int) -> int | None:
+    """The batch size that the schedule changes to after `step`, if it does."""
+    return self._schedule.next_size(step)
 
   @property
   def bytes_per_token(self) -> float:
@@ -101,6 +145,29 @@ class TrainDataset:
     return Prefetcher(load, start)
 
 
+def learn_vocabulary(vocabulary: Any, cache_dir: str):
+  """Learns the vocabulary where its file is missing; every process has the same then.
+
+  Raises:
+    UserError: if there is nothing to learn from, or the processes' files differ.
+  """
+
+  def make():
+    progress = None if processes.index() else PrepareProgress()
+    prepare.learn_vocabulary(vocabulary, cache_dir, progress=progress)
+
+  path = str(getattr(vocabulary, 'path', None) or cache_dir)
+  if storage.is_remote(path) or storage.is_remote(cache_dir):
+    processes.first(make)
+  else:
+    make()
+  processes.agree(
+    'vocabulary',
+    {'VOCABULARY_PATH, by its contents,': hash_of(vocabulary)},
+    'Copy one file to all hosts.',
+  )
+
+
 def eval_readers(
   cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
 ) -> dict[str, EvalReader]:
@@ -112,16 +179,36 @@ def eval_readers(
 def _stores(
   cfg: utils.DatasetConfig, vocabulary: Any, cache_dir: str, seed: int
 ) -> list[tuple[str, Any, float]]:
-  """(task name, token store, weight) of each task, built where they are missing."""
-  return prepare.prepare(
-    utils.get_mixture_or_task(cfg.mixture_or_task_name),
-    cfg.split,
-    vocabulary,
-    cache_dir,
-    seed=seed,
-    use_cached=utils.uses_cache(cfg),
-    progress=PrepareProgress(),
+  """(task name, token store, weight) of each task, built where they are missing.
+
+  On hosts with disks of their own each builds its own, on a shared disk the lock lets
+  one build, and in a bucket, which has no locks, process 0 does. All must be the same.
+  """
+
+  def make():
+    return prepare.prepare(
+      utils.get_mixture_or_task(cfg.mixture_or_task_name),
+      cfg.split,
+      vocabulary,
+      cache_dir,
+      seed=seed,
+      use_cached=utils.uses_cache(cfg),
+      progress=None if processes.index() else PrepareProgress(),
+    )
+
+  stores = processes.first(make) if storage.is_remote(cache_dir) else make()
+  held = {name: store.manifest for name, store, _ in stores}
+  facts = {
+    f'{name}/{cfg.split}': f'{m.num_tokens:,} tokens ({m.checksums["tokens"][:12]})'
+    for name, m in held.items()
+  }
+  processes.agree(
+    'text',
+    facts,
+    'Every host must see the same source files; delete CACHE_DIR/token_stores where it '
+    'was made from others.',
   )
+  return stores
 
 
 def _targets(store: Any) -> int:

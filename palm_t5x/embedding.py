@@ -6,24 +6,13 @@ device answers for the rows it holds, and the answers are added up.
 """
 
 import functools
-import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-
-def _mesh_axes(*names: str) -> list[tuple[str, ...]]:
-  """The mesh axes that the rules in force give these logical axes, in one tensor."""
-  spec = nn.logical_to_mesh_axes(names) if nn.get_logical_axis_rules() else None
-  entries = tuple(spec or ()) + (None,) * len(names)
-  sizes = dict(jax.sharding.get_abstract_mesh().shape)
-  one = lambda e: (e,) if isinstance(e, str) else tuple(e or ())
-  return [
-    tuple(a for a in one(e) if sizes.get(a, 1) > 1) for e in entries[: len(names)]
-  ]
+from palm_t5x import meshes
 
 
 def lookup(table_VD, tokens_BT, dtype):
@@ -32,13 +21,11 @@ def lookup(table_VD, tokens_BT, dtype):
   The gradient is added up in the table's dtype on each device, and crosses between
   devices in `dtype`.
   """
-  rows, columns = _mesh_axes('vocab', 'embed')
+  rows, columns = meshes.axes_of('vocab', 'embed')
   if not rows:
     return jnp.take(table_VD.astype(dtype), tokens_BT, axis=0)
-  batch, _, embed = _mesh_axes('batch', 'length', 'embed')
-  sizes = dict(jax.sharding.get_abstract_mesh().shape)
-  if tokens_BT.shape[0] % math.prod(sizes[a] for a in batch):
-    batch = ()  # a few rows, such as a prompt: every device looks them up
+  _, _, embed = meshes.axes_of('batch', 'length', 'embed')
+  batch = meshes.batch_axes(tokens_BT.shape[0])  # () for a few, such as a prompt
   spec = PartitionSpec
   inside = functools.partial(_lookup_own_rows, rows, columns, embed, dtype)
   return jax.shard_map(

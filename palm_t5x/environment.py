@@ -5,6 +5,8 @@ calls `prepare` first, with what a syntactic look at the Gin files has found.
 """
 
 import ctypes
+import glob
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -52,6 +54,9 @@ def prepare(
   os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', os.path.join(cache_dir(cache), 'xla')
   )
+  if _tpu_compiler_without_tpu():
+    # Else jax would load it in search of chips, and it would write to the terminal.
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   # TensorFlow only feeds data here. It must neither speak of CUDA nor take GPU memory.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
@@ -103,6 +108,13 @@ def quiet_libtpu(cache: str | None = None) -> None:
     'TPU_STDERR_LOG_LEVEL': '3',
   }.items():
     os.environ.setdefault(name, value)
+
+
+def _tpu_compiler_without_tpu() -> bool:
+  """Whether libtpu is installed (for `t5x precompile`) and there is no accelerator."""
+  installed = importlib.util.find_spec
+  chips = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*')
+  return bool(installed('libtpu') and not chips and not installed('jax_plugins'))
 
 
 def keep_freed_memory() -> None:

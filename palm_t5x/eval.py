@@ -13,7 +13,15 @@ from typing import Any
 
 import jax
 
-from palm_t5x import checkpoints, datasets, evaluation, gin_utils, run_dir, utils
+from palm_t5x import (
+  checkpoints,
+  datasets,
+  evaluation,
+  gin_utils,
+  processes,
+  run_dir,
+  utils,
+)
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.reporting import print_table
 from palm_t5x.restored import Restored, restore_params
@@ -90,7 +98,7 @@ def _folders(cfg: utils.RestoreCheckpointConfig) -> list[pathlib.Path | None]:
   if cfg.mode != 'all':
     return [None]
   folder = pathlib.Path(os.path.abspath(os.path.expanduser(cfg.single_path or '')))
-  steps = checkpoints.steps_in(folder)
+  steps = processes.decide(lambda: checkpoints.steps_in(folder))
   if not steps:
     raise UserError(
       f'no checkpoints in {folder}, whose every one was to be evaluated '
@@ -98,7 +106,7 @@ def _folders(cfg: utils.RestoreCheckpointConfig) -> list[pathlib.Path | None]:
     )
   whole = []
   for path in (folder / f'checkpoint_{step}' for step in steps):
-    problem = checkpoints.damage(path)
+    problem = processes.decide(lambda path=path: checkpoints.damage(path))
     if problem:
       logger.warning('checkpoint %s is damaged: %s; passed over.', path, problem)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from palm_t5x import utils
+from palm_t5x import processes, utils
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import EvalReader
 from palm_t5x.errors import Failure, disk_problem
@@ -56,9 +56,10 @@ def evaluate_loss(
     proportion to the tokens read.
   """
   total = None
-  for rows in reader.batches(batch_size, max_batches):
+  for step in range(reader.num_batches(batch_size, max_batches)):
+    first = step * batch_size  # each process reads the rows of its own devices
     batch = partitioner.shard_batch(
-      batch_size, lambda wanted, rows=rows: {k: v[wanted] for k, v in rows.items()}
+      batch_size, lambda wanted, first=first: reader.examples(first + wanted)
     )
     part = eval_step(batch)
     total = part if total is None else sum_metrics(total, part)
@@ -168,7 +169,7 @@ class TaskEvaluator:
     return run
 
   def evaluate(self, params: Any, step: int) -> dict[str, dict[str, float]]:
-    """Metrics of every task, by task name."""
+    """Metrics of every task, by task name; process 0 computes them for all."""
     if not self.names:
       return {}
     future, _ = self._evaluator.evaluate(
@@ -177,6 +178,9 @@ class TaskEvaluator:
       predict_fn=self._over_dataset(self._predict, params),
       score_fn=self._over_dataset(self._score, params),
     )
+    return processes.decide(lambda: self._metrics(future))
+
+  def _metrics(self, future: Any) -> dict[str, dict[str, float]]:
     try:
       metrics = future.result() or {}
     except Exception as e:  # a logger's disk, or a bug in a task's metric

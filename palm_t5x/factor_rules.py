@@ -62,6 +62,7 @@ def standard_logical_factor_rules() -> dict[str, FactorDim]:
   return {
     'vocab': FactorDim.COLUMN,
     'embed': FactorDim.ROW,
+    'kv_embed': FactorDim.ROW,
     'mlp': FactorDim.COLUMN,
     'heads': FactorDim.COLUMN,
     'kv': FactorDim.COLUMN,

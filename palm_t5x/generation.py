@@ -95,7 +95,9 @@ class Generator:
           topp=config.topp,
         )
 
-      self._compiled[key] = self._partitioner.partition(generate)
+      self._compiled[key] = self._partitioner.partition(
+        generate, out_shardings=self._partitioner.sharding(())
+      )
     return self._compiled[key]
 
   def tokens(
@@ -177,7 +179,11 @@ class Generator:
         return token, cache
 
       partition = self._partitioner.partition
-      self._compiled[key] = (partition(prefill), partition(step, donate_argnums=(1,)))
+      everywhere = self._partitioner.sharding(())
+      self._compiled[key] = (
+        partition(prefill),
+        partition(step, out_shardings=(everywhere, None), donate_argnums=(1,)),
+      )
     return self._compiled[key]
 
   def decode(self, ids: np.ndarray, stop: Sequence[str] = ()) -> str:

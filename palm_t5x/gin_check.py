@@ -144,6 +144,34 @@ class Reached:
     return gin_config._config_str(self.config)
 
 
+def settings(entry: str = '') -> tuple[dict[str, str], dict[str, str]]:
+  """What the configuration sets, as text: for comparing two of them.
+
+  Args:
+    entry: the function whose settings count, as 'palm_t5x.train.train'; all if it is
+      '' or not configured.
+
+  Returns:
+    ({'scope/module.function.parameter': value}, macros followed, and for those whose
+    value comes from a macro {the same key: the macro's name}).
+  """
+  config = gin_config._CONFIG
+  for _, configurable in list(gin_config._REGISTRY.items()) if entry else ():
+    wrapped = configurable.wrapped
+    if f'{wrapped.__module__}.{getattr(wrapped, "__qualname__", "")}' == entry:
+      config = Reached(configurable).config
+  values, macros = {}, {}
+  for (scope, selector), bindings in config.items():
+    short = '.'.join(selector.split('.')[-2:])
+    for parameter, value in bindings.items() if selector != 'gin.macro' else ():
+      name = f'{scope}/{short}.{parameter}' if scope else f'{short}.{parameter}'
+      value, macro = _literal(value)
+      values[name] = repr(value)
+      if macro:
+        macros[name] = macro
+  return values, macros
+
+
 def _example(name: str) -> str:
   """A command-line flag that would mend a missing name."""
   if name == 'MODEL':

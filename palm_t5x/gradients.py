@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from palm_t5x import partitioning
+from palm_t5x import meshes, target
 
 Batch = Mapping[str, jax.Array]
 
@@ -49,6 +49,12 @@ def of_microbatches(model, params, batch: Batch, rng, num_microbatches: int = 1)
   return grads, metrics
 
 
+def _rounded(x, dtype):
+  """x rounded to `dtype`; as fp32 on CPU, where XLA cannot reduce bfloat16 here."""
+  rounded = x.astype(dtype)
+  return rounded.astype(jnp.float32) if target.platform() == 'cpu' else rounded
+
+
 def of_batch(
   model,
   params,
@@ -70,22 +76,22 @@ def of_batch(
   Returns:
     (gradients in the parameters' dtypes, alike in all pods; metrics, name -> Ratio).
   """
-  if partitioning.num_pods() == 1:
+  if meshes.num_pods() == 1:
     return of_microbatches(model, params, batch, rng, num_microbatches)
 
   def in_one_pod(params, batch, rng):
-    rng = jax.random.fold_in(rng, jax.lax.axis_index(partitioning.POD))
-    with partitioning.inside_pod():
+    rng = jax.random.fold_in(rng, jax.lax.axis_index(meshes.POD))
+    with meshes.inside_pod():
       grads, metrics = of_microbatches(model, params, batch, rng, num_microbatches)
-    over_pods = lambda x: jax.lax.psum(x, partitioning.POD)
-    exchange = lambda g: over_pods(g.astype(exchange_dtype)).astype(g.dtype)
+    over_pods = lambda x: jax.lax.psum(x, meshes.POD)
+    exchange = lambda g: over_pods(_rounded(g, exchange_dtype)).astype(g.dtype)
     return jax.tree.map(exchange, grads), jax.tree.map(over_pods, metrics)
 
-  everywhere, own_rows = PartitionSpec(), PartitionSpec(partitioning.POD)
+  everywhere, own_rows = PartitionSpec(), PartitionSpec(meshes.POD)
   return jax.shard_map(
     in_one_pod,
     in_specs=(everywhere, own_rows, everywhere),
     out_specs=everywhere,
-    axis_names={partitioning.POD},
+    axis_names={meshes.POD},
     check_vma=False,
   )(params, batch, rng)

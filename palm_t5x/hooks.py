@@ -8,6 +8,7 @@ time; checkpoints after evaluations; signals last.
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 
+from palm_t5x import processes
 from palm_t5x.metrics import sum_metrics
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,10 @@ def periodically(
 
 
 class SignalHook:
-  """Ends a run after its step on Ctrl-C or SIGTERM; a second one ends it now."""
+  """Ends a run after its step on Ctrl-C or SIGTERM; a second one ends it now.
+
+  Of several processes, any may get the signal: all end after the same step.
+  """
 
   def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)):
     self._signals = signals
@@ -83,10 +88,16 @@ class SignalHook:
 
   def _handle(self, number: int, frame: Any):
     del frame
+    signal.signal(number, signal.SIG_DFL)
+    if processes.count() > 1:  # jax hears SIGTERM and tells the others
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self._receive(number)
+
+  def _receive(self, number: int):
     self.received = number
     name = signal.Signals(number).name
     print(f'\n{name}: saving a checkpoint and leaving ...', file=sys.stderr, flush=True)
-    signal.signal(number, signal.SIG_DFL)
 
   @contextlib.contextmanager
   def installed(self):
@@ -94,18 +105,36 @@ class SignalHook:
     if threading.current_thread() is not threading.main_thread():
       yield self
       return
-    before = {n: signal.signal(n, self._handle) for n in self._signals}
+    ours = set(self._signals)
+    if processes.count() > 1:
+      ours.discard(signal.SIGTERM)
+    before = {n: signal.signal(n, self._handle) for n in ours}
     try:
-      yield self
+      with processes.preemption():
+        yield self
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)
 
   def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
     del metrics
+    if processes.preempted(step):
+      self._receive(signal.SIGTERM)
     if self.received is None:
       return None
     return f'{signal.Signals(self.received).name} at step {step}'
+
+
+def compile_ahead(trainer: Any, next_size: Callable[[int], int | None]) -> Hook:
+  """A hook that has the step for the next batch size compiled while this one trains."""
+
+  def hook(step: int, metrics: Mapping[str, Any]) -> None:
+    del metrics
+    size = next_size(step)
+    if size is not None:
+      trainer.compile_ahead(size)
+
+  return hook
 
 
 def run_actions(

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from palm_t5x import generation, gin_utils, run_dir, utils
+from palm_t5x import generation, gin_utils, processes, run_dir, utils
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.evaluation import numeric, pad_rows
 from palm_t5x.restored import restore_params
@@ -97,14 +97,15 @@ def infer(
     )
     for task in tasks
   }
-  done = {name for name, writer in writers.items() if writer.done()}
+  done = processes.decide(lambda: [n for n, writer in writers.items() if writer.done()])
+  say = print if processes.index() == 0 else lambda *args, **kwargs: None
   summarize_config_fn(output_dir, None, restored.step)
   step_fn = _step_fn(mode, model, partitioner, restored)
   written = []
   for task in tasks:
     writer = writers[task.name]
     if task.name in done:
-      print(f'{writer.final} is complete: nothing to do.')
+      say(f'{writer.final} is complete: nothing to do.')
       written.append(str(writer.final))
       continue
     examples = _examples(
@@ -112,14 +113,14 @@ def infer(
     )
     chunks = _grouped(examples, size * checkpoint_period)
     for number, chunk in enumerate(chunks):
-      if writer.has(number):
+      if processes.decide(lambda writer=writer, n=number: writer.has(n)):
         continue
       lines = []
       for rows in _grouped(iter(chunk), size):
         lines += _infer_batch(step_fn, rows, size, partitioner, model, mode, stop)
       writer.write(number, lines)
       done_now = number * size * checkpoint_period + len(lines)
-      print(f'{task.name}: {done_now} examples', flush=True)
+      say(f'{task.name}: {done_now} examples', flush=True)
     if merge_chunked_results and jax.process_index() == 0:
       written.append(str(writer.merge()))
       print(f'written to {writer.final}')

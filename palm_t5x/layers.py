@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from palm_t5x import cpu_kernels
+from palm_t5x import cpu_kernels, tpu_kernels
 
 NEG_INF = -1e10  # the mask value of Google's PaLM code; finite, so no row can be NaN
 NORM_EPSILON = 1e-6
@@ -165,8 +165,8 @@ def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla', mode='float32
   """softmax(q k / sqrt(K)) v with fp32 softmax; [B, T, H, K] in q's dtype.
 
   Query head h reads key head h // (H/G). `mask_BTS` None means causal (T == S).
-  kernel: 'xla', 'cudnn' (GPU only, bf16), or 'blocked' (CPU; where it applies: plain
-  causal, and on one device, for it loops over the batch). All are the same function.
+  kernel: 'xla', 'cudnn' (GPU, bf16), or, where the mask is plain causal, 'splash' (TPU,
+  T a multiple of 128) and 'blocked' (one CPU device). All are the same function.
   """
   (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
   if kernel == 'cudnn':
@@ -174,6 +174,8 @@ def attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS=None, kernel='xla', mode='float32
     return jax.nn.dot_product_attention(
       q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation='cudnn'
     )
+  if kernel == 'splash' and mask_BTS is None and tpu_kernels.fits(T):
+    return tpu_kernels.causal_attention(q_BTHK, k_BSGK, v_BSGK)
   on_one_device = jax.sharding.get_abstract_mesh().size <= 1
   if kernel == 'blocked' and mask_BTS is None and on_one_device:
     out = cpu_kernels.causal_attention(q_BTHK, k_BSGK, v_BSGK, operand_dtype(mode))

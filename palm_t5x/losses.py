@@ -15,8 +15,9 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from palm_t5x import layers
+from palm_t5x import layers, meshes
 from palm_t5x.errors import UserError
 
 
@@ -72,21 +73,36 @@ def _smoothing(label_smoothing, num_classes):
   return low, confidence - low, entropy
 
 
-def _reduce(logits_NV, targets_N, z_loss, label_smoothing, num_real_tokens):
-  """(masked logits, logsumexp [N], cross entropy [N], z-loss [N], correct [N])."""
-  classes = num_real_tokens or logits_NV.shape[-1]
-  if classes < logits_NV.shape[-1]:
-    real = jnp.arange(logits_NV.shape[-1]) < classes
-    logits_NV = jnp.where(real, logits_NV, layers.NEG_INF)
-  top = lax.stop_gradient(jnp.max(logits_NV, axis=-1))
-  logz = top + jnp.log(jnp.sum(jnp.exp(logits_NV - top[:, None]), axis=-1))
-  # Not a gather: the columns of logits may lie on many devices.
-  chosen = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
-  picked = jnp.sum(jnp.where(chosen, logits_NV, 0.0), axis=-1)
+def _columns(width, axes):
+  """Numbers of the vocabulary that `width` columns stand for on this device."""
+  first = lax.axis_index(axes) * width if axes else 0
+  return first + jnp.arange(width)
+
+
+def _over(reduce, x, axes):
+  """psum or pmax over the devices that share the vocabulary, if several do."""
+  return reduce(x, axes) if axes else x
+
+
+def _reduce(logits_NV, targets_N, z_loss, label_smoothing, num_real_tokens, axes=()):
+  """(masked logits, logsumexp [N], cross entropy [N], z-loss [N], correct [N]).
+
+  With `axes`, the columns of logits are this device's share of the vocabulary.
+  """
+  columns = _columns(logits_NV.shape[-1], axes)
+  classes = num_real_tokens or logits_NV.shape[-1] * meshes.size(axes)
+  if classes < logits_NV.shape[-1] * meshes.size(axes):
+    logits_NV = jnp.where(columns < classes, logits_NV, layers.NEG_INF)
+  top = _over(lax.pmax, lax.stop_gradient(jnp.max(logits_NV, axis=-1)), axes)
+  total = jnp.sum(jnp.exp(logits_NV - top[:, None]), axis=-1)
+  logz = top + jnp.log(_over(lax.psum, total, axes))
+  # Not a gather: the target's column may lie on another device.
+  chosen = jnp.where(columns == targets_N[:, None], logits_NV, 0.0)
+  picked = _over(lax.psum, jnp.sum(chosen, axis=-1), axes)
   low, extra, entropy = _smoothing(label_smoothing, classes)
-  cross = logz - extra * picked - entropy
   if label_smoothing:
-    cross -= low * jnp.sum(logits_NV[:, :classes], axis=-1)
+    real = jnp.sum(jnp.where(columns < classes, logits_NV, 0.0), axis=-1)
+    cross = logz - extra * picked - entropy - low * _over(lax.psum, real, axes)
   else:
     cross = logz - picked
   correct = (picked >= top).astype(jnp.float32)
@@ -117,6 +133,7 @@ class _Options(typing.NamedTuple):
   num_real_tokens: int | None
   chunk_length: int
   dtype: str
+  axes: tuple[str, ...] = ()  # that cut the vocabulary
 
 
 def _matmul(a, b, dims, dtype):
@@ -131,15 +148,15 @@ def _one_chunk(hidden_ND, embedding_VD, targets_N, weights_N, options, with_grad
   o = options
   logits = _matmul(hidden_ND, embedding_VD, ((1,), (1,)), o.dtype) * o.scale
   logits, logz, cross, z, correct = _reduce(
-    logits, targets_N, o.z_loss, o.label_smoothing, o.num_real_tokens
+    logits, targets_N, o.z_loss, o.label_smoothing, o.num_real_tokens, o.axes
   )
   tokens = {'cross_entropy': cross, 'z_loss': z, 'correct': correct}
   if not with_grad:
     return tokens, None, None
   # d/dlogits = (1 + 2 c log Z) softmax - target distribution, which is 0 on padding.
-  classes = o.num_real_tokens or logits.shape[-1]
+  classes = o.num_real_tokens or logits.shape[-1] * meshes.size(o.axes)
   low, extra, _ = _smoothing(o.label_smoothing, classes)
-  columns = jnp.arange(logits.shape[-1])
+  columns = _columns(logits.shape[-1], o.axes)
   g = (1.0 + 2.0 * o.z_loss * logz)[:, None] * jnp.exp(logits - logz[:, None])
   g -= jnp.where(columns == targets_N[:, None], extra, 0.0)
   if o.label_smoothing:
@@ -147,7 +164,7 @@ def _one_chunk(hidden_ND, embedding_VD, targets_N, weights_N, options, with_grad
   g *= (weights_N * o.scale)[:, None]
   if o.dtype != 'float32':
     g = g.astype(jnp.bfloat16)
-  d_hidden = _matmul(g, embedding_VD, ((1,), (0,)), o.dtype)
+  d_hidden = _over(lax.psum, _matmul(g, embedding_VD, ((1,), (0,)), o.dtype), o.axes)
   d_embedding = _matmul(g, hidden_ND, ((0,), (0,)), o.dtype)
   return tokens, d_hidden.astype(hidden_ND.dtype), d_embedding
 
@@ -160,7 +177,43 @@ def _chunk_shape(B, T, V, chunk_length):
 
 
 def _run(hidden_BTD, embedding_VD, targets_BT, weights_BT, options, with_grad):
-  """(loss sum, per-token numbers [B, T], d_hidden [B, T, D], d_embedding [V, D])."""
+  """(loss sum, per-token numbers [B, T], d_hidden [B, T, D], d_embedding [V, D]).
+
+  Where a mesh cuts batch or vocabulary, each device works on its rows and columns, and
+  d_embedding is added up over all chunks before it is reduced over the batch: XLA's
+  partitioner would gather the embedding and reduce its gradient once per chunk.
+  """
+  if options.dtype != 'float32':
+    embedding_VD = embedding_VD.astype(jnp.bfloat16)
+  arrays = (hidden_BTD, embedding_VD, targets_BT, weights_BT)
+  rows, (vocab,) = meshes.batch_axes(hidden_BTD.shape[0]), meshes.axes_of('vocab')
+  if not rows and not vocab:
+    return _run_share(*arrays, options, with_grad)
+  options = options._replace(axes=vocab)
+  columns = rows if hidden_BTD.shape[-1] % meshes.size(rows) == 0 else ()
+
+  def share(*arrays):
+    loss, tokens, d_hidden, d_embedding = _run_share(*arrays, options, with_grad)
+    if d_embedding is not None and columns:
+      d_embedding = lax.psum_scatter(
+        d_embedding, columns, scatter_dimension=1, tiled=True
+      )
+    elif d_embedding is not None:
+      d_embedding = _over(lax.psum, d_embedding, rows)
+    return _over(lax.psum, loss, rows), tokens, d_hidden, d_embedding
+
+  spec = PartitionSpec
+  return jax.shard_map(
+    share,
+    in_specs=(spec(rows), spec(vocab), spec(rows), spec(rows)),
+    out_specs=(spec(), spec(rows), spec(rows), spec(vocab, columns)),
+    axis_names={*rows, *vocab},
+    check_vma=False,
+  )(*arrays)
+
+
+def _run_share(hidden_BTD, embedding_VD, targets_BT, weights_BT, options, with_grad):
+  """`_run` on the rows and the columns of one device."""
   B, T, _ = hidden_BTD.shape
   n, c = _chunk_shape(B, T, embedding_VD.shape[0], options.chunk_length)
 
@@ -182,8 +235,6 @@ def _run(hidden_BTD, embedding_VD, targets_BT, weights_BT, options, with_grad):
     d_embedding = None if more is None else d_embedding + more
     return d_embedding, (tokens, d_hidden)
 
-  if options.dtype != 'float32':
-    embedding_VD = embedding_VD.astype(jnp.bfloat16)
   zero = jnp.zeros(embedding_VD.shape, jnp.float32) if with_grad else None
   d_embedding, (tokens, d_hidden) = lax.scan(
     body, zero, (cut(hidden_BTD), cut(targets_BT), cut(weights_BT))

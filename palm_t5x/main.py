@@ -16,7 +16,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from palm_t5x import command_line, environment, quiet_imports
+from palm_t5x import (
+  command_line,
+  environment,
+  joining,
+  peers,
+  processes,
+  quiet_imports,
+)
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.modes import MODES, load
 
@@ -25,8 +32,6 @@ _WORLD = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
   *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
 )
-
-_PROCESS = ('coordinator_address', 'process_count', 'process_index')
 
 # Seconds that threads of libraries get to finish when the command is done.
 _PATIENCE = 10.0
@@ -85,11 +90,27 @@ def _run_mode(options: command_line.Options) -> None:
   if options.values.get('dry_run'):
     print(f'# What t5x {options.mode} would use. Nothing was built.\n{reached.text()}')
     return
-  if options.several_processes:
-    _join_processes(options.values)
   import gin
 
-  gin.get_configurable(entry)()
+  joining.join(options.values, _heartbeat(), MODES[options.mode].computes)
+  with processes.together():
+    if processes.count() > 1:
+      if processes.index():
+        logging.getLogger('palm_t5x').setLevel(logging.WARNING)
+      facts = peers.facts(reached.config, options.jax)
+      processes.agree('configuration', facts, peers.REMEDY)
+    gin.get_configurable(entry)()
+
+
+def _heartbeat() -> int:
+  """The macro HEARTBEAT_TIMEOUT, checked."""
+  import gin
+
+  try:
+    value = gin.query_parameter('%HEARTBEAT_TIMEOUT')
+  except ValueError:  # no file of this run sets it
+    value = None
+  return joining.heartbeat_timeout(value)
 
 
 def configure(options: command_line.Options) -> tuple[Any, Any]:
@@ -244,30 +265,6 @@ def _bind_flags(options: command_line.Options, configurable: Any) -> None:
     gin.bind_parameter(f'{configurable.selector}.{name}', value)
 
 
-def _join_processes(values: dict[str, Any]) -> None:
-  """Starts jax.distributed from the flags; what is not given is found by jax.
-
-  Raises:
-    Failure: if the other processes cannot be reached.
-  """
-  import jax
-
-  arguments = {
-    'coordinator_address': values.get('coordinator_address'),
-    'num_processes': values.get('process_count'),
-    'process_id': values.get('process_index'),
-  }
-  if 'initialization_timeout' in values:
-    arguments['initialization_timeout'] = values['initialization_timeout']
-  try:
-    jax.distributed.initialize(**arguments)
-  except (RuntimeError, ValueError) as error:
-    flags = ', '.join(f'--{name}={values[name]}' for name in _PROCESS if name in values)
-    raise Failure(
-      f'the processes could not be joined ({flags}): {str(error).splitlines()[0]}'
-    ) from error
-
-
 def _one_line(error: BaseException) -> str:
   """The message without the call stack that gin appends to it."""
   text = str(error).partition('\n  In call to configurable')[0]
@@ -297,6 +294,8 @@ def _leave(code: int) -> None:
   watchdog = threading.Timer(_PATIENCE, os._exit, [code])
   watchdog.daemon = True
   watchdog.start()
+  if code:
+    processes.close(code)
   try:
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -305,4 +304,5 @@ def _leave(code: int) -> None:
   except BaseException:
     traceback.print_exc()
   finally:
+    processes.close(code)
     os._exit(code)

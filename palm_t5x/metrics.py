@@ -111,6 +111,20 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> 
   return tokens_per_second * flops_per_token / peak_flops
 
 
+def carbon_tco2e(
+  chip_hours: float, watts: float, pue: float, tco2e_per_mwh: float
+) -> float:
+  """Tonnes of CO2 equivalent of a run (PaLM App. B; 271.43 for the 540B model).
+
+  Args:
+    chip_hours: hours times chips, downtime and repetitions included.
+    watts: mean draw of a chip with its share of the host and the network.
+    pue: the building's power over the machines' power.
+    tco2e_per_mwh: carbon intensity of the power that was bought.
+  """
+  return chip_hours * watts / 1e6 * pue * tco2e_per_mwh
+
+
 # Dense bf16 peak per JAX device (a device is half a chip on TPU v2 and v3), from the
 # vendors' data sheets. First match of the pattern in `device_kind` wins.
 PEAK_FLOPS_BY_DEVICE_KIND = (

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 from palm_t5x import decoding, losses, network
 from palm_t5x.errors import UserError
 from palm_t5x.losses import SpecialLossNormalizingFactor
-from palm_t5x.metrics import Ratio, model_flops_per_token
+from palm_t5x.metrics import (
+  Ratio,
+  hardware_flops_per_token,
+  model_flops_per_token,
+)
 
 
 class BaseModel(abc.ABC):
@@ -162,12 +166,21 @@ class DecoderOnlyModel(BaseTransformerModel):
     padding = self.config.vocab_size - self.config.real_tokens
     return stored - tables * padding * self.config.emb_dim
 
-  def flops_per_token(self, length):
-    """Training FLOPs of one token in a row of `length` (PaLM App. B)."""
+  def flops_per_token(self, length, attention=True):
+    """Training FLOPs of one token in a row of `length` (PaLM App. B).
+
+    Without `attention`: those of MFU "without attention".
+    """
     cfg = self.config
-    return model_flops_per_token(
-      self.num_params(), cfg.num_layers, cfg.num_heads, cfg.head_dim, length
-    )
+    shape = cfg.num_layers, cfg.num_heads, cfg.head_dim, length
+    return model_flops_per_token(self.num_params(), *shape, attention)
+
+  def hardware_flops_per_token(self, length):
+    """The same with what rematerialisation computes again: HFU's (PaLM App. B)."""
+    cfg, params = self.config, self.num_params()
+    weights, attended = cfg.recomputed
+    shape = cfg.num_layers, cfg.num_heads, cfg.head_dim, length
+    return hardware_flops_per_token(params, *shape, weights / params, attended)
 
   # -- Loss --
 

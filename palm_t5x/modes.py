@@ -23,6 +23,7 @@ class Mode(NamedTuple):
     reads_many: whether it gets a list of words, and not one text.
     files: Gin files read before the user's.
     compiles_only: whether its programs are for the machine TOPOLOGY, and never run.
+    computes: whether it runs on all devices, and so joins the processes of its job.
   """
 
   module: str
@@ -34,6 +35,7 @@ class Mode(NamedTuple):
   reads_many: bool = False
   files: tuple[str, ...] = ()
   compiles_only: bool = False
+  computes: bool = False
 
 
 MODES = {
@@ -43,6 +45,7 @@ MODES = {
     'train a model; run the same command again to continue',
     'runs/pretrain.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'eval': Mode(
     'palm_t5x.eval',
@@ -50,6 +53,7 @@ MODES = {
     'compute the metrics of SeqIO tasks for a checkpoint',
     'runs/eval.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'infer': Mode(
     'palm_t5x.infer',
@@ -57,6 +61,7 @@ MODES = {
     "write a model's predictions or scores for a task as JSON lines",
     'runs/infer.gin',
     '--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny',
+    computes=True,
   ),
   'complete': Mode(
     'palm_t5x.commands.complete',
@@ -65,6 +70,7 @@ MODES = {
     'runs/complete.gin',
     "--gin_file=palm_tiny.gin --gin.MODEL_DIR=runs/palm_tiny 'The function returns'",
     reads='prompt',
+    computes=True,
   ),
   'describe': Mode(
     'palm_t5x.commands.describe',

@@ -55,7 +55,9 @@ class TransformerConfig:
   )
   remat_policy: str = 'none'
   fused_fan_in: bool = False  # one fan-in for o_wo_fused, not one for each slice
-  attention_kernel: str = 'auto'  # 'xla', 'blocked' (CPU), 'cudnn' (GPU)
+  attention_kernel: str = (
+    'auto'  # 'xla', 'splash' (TPU), 'cudnn' (GPU), 'blocked' (CPU)
+  )
   segment_masking: bool = True  # packed segments, where given, see only themselves
 
   def __post_init__(self):
@@ -78,7 +80,7 @@ class TransformerConfig:
       'dtype': ('auto', 'float32', 'bfloat16', 'fast'),
       'norm': ('rms', 'layer_norm'),
       'remat_policy': tuple(REMAT_POLICIES),
-      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn'),
+      'attention_kernel': ('auto', 'xla', 'blocked', 'cudnn', 'splash'),
     }
     for name, allowed in choices.items():
       value = getattr(self, name)
@@ -133,9 +135,30 @@ class TransformerConfig:
     """The attention kernel that 'auto' stands for."""
     if self.attention_kernel != 'auto':
       return self.attention_kernel
+    if target.platform() == 'tpu':
+      return 'splash'
     return 'xla' if self.mode == 'bfloat16' else 'blocked'
 
   @property
   def activation_dtype(self):
     """Dtype of the residual stream: bf16 in mode 'bfloat16', else fp32."""
     return jnp.bfloat16 if self.mode == 'bfloat16' else jnp.float32
+
+  @property
+  def recomputed(self):
+    """(weights, share): what the remat policy has the backward pass compute again.
+
+    Weights of the block's kernels whose products are, and the share of the attention
+    products; flash kernels always make the scores again (PaLM App. B: HFU).
+    """
+    heads = self.num_heads * self.head_dim
+    inputs = heads + len(self.mlp_activations) * self.mlp_dim  # one fused product
+    kv = 2 * self.num_kv_heads * self.head_dim
+    columns = {'full': inputs + kv, 'save_attention': inputs + kv}
+    columns |= {'save_qkv': inputs, 'save_gated': inputs}
+    share = {'full': 1.0, 'minimal': 1.0, 'none': 0.0, 'dots': 0.0}
+    attended = share.get(self.remat_policy, 0.5)
+    if self.kernel != 'xla':
+      attended = max(attended, 0.5)
+    width = columns.get(self.remat_policy, 0)
+    return self.num_layers * self.emb_dim * width, attended

@@ -40,7 +40,7 @@ def block_table(cfg):
   K, F = cfg.head_dim, cfg.mlp_dim
   n, f = len(cfg.mlp_activations), F // H
   from_d = fan_in_normal((None, D))
-  kv = {'kv_fused': ((D, G, 2 * K), ('embed', 'kv_heads', 'kv'), from_d)}
+  kv = {'kv_fused': ((D, G, 2 * K), ('kv_embed', 'kv_heads', 'kv'), from_d)}
   if cfg.parallel_block:
     out = fan_in_normal((K, H * K), (f, F))
     if cfg.fused_fan_in:

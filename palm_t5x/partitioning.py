@@ -27,8 +27,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from palm_t5x.errors import UserError
 
-POD = 'pod'  # the mesh axis of the slow network
-
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 MeshShape = tuple[int, ...]
 
@@ -71,6 +69,8 @@ def standard_logical_axis_rules(
     ('kv', None),
     ('joined_kv', 'model'),
     *(embed or [('embed', None)]),
+    # The only large kernel without heads: over all devices of a pod, as the others are.
+    ('kv_embed', tuple(axis for _, axis in embed) or None),
     ('kv_heads', None),
     ('fused', None),
     ('relpos_buckets', None),
@@ -87,24 +87,6 @@ def is_logical_axes(x: Any) -> bool:
   """Whether x is a leaf of an axes tree: ('vocab', 'embed'), (None,) or ()."""
   plain = isinstance(x, tuple) and not hasattr(x, '_fields')
   return plain and all(e is None or isinstance(e, str) for e in x)
-
-
-def num_pods() -> int:
-  """Size of the `pod` axis of the mesh in force; 1 where there is none."""
-  return dict(jax.sharding.get_abstract_mesh().shape).get(POD, 1)
-
-
-@contextlib.contextmanager
-def inside_pod():
-  """The rules in force without the `pod` axis, for code that runs once in each pod."""
-  keep = lambda axes: tuple(a for a in axes if a != POD)
-  rules = [
-    (name, keep(axes) if isinstance(axes, tuple) else axes)
-    for name, axes in nn.get_logical_axis_rules()
-    if axes != POD
-  ]
-  with nn.logical_axis_rules(rules):
-    yield
 
 
 def _divisors(n: int) -> list[int]:
@@ -205,6 +187,8 @@ class PjitPartitioner:
     rules = self.logical_axis_rules
     if rules is None:
       rules = standard_logical_axis_rules()
+    if 'kv_embed' not in dict(rules):  # a table written for T5X does not know it
+      rules = [*rules, *(('kv_embed', axes) for name, axes in rules if name == 'embed')]
     self.rules = [(name, self._known_axes(axes)) for name, axes in rules]
 
   @functools.cached_property
@@ -253,14 +237,24 @@ class PjitPartitioner:
       UserError: if an axis of a tensor does not divide by its mesh axis.
     """
     tree = jax.tree.map(self.sharding, axes_tree, is_leaf=is_logical_axes)
-    if shapes is not None:
-      jax.tree_util.tree_map_with_path(self._check_divides, tree, shapes)
-    return tree
+    if shapes is None:
+      return tree
+    return jax.tree_util.tree_map_with_path(self._fitted, tree, shapes)
 
-  def _check_divides(self, path, sharding: NamedSharding, shape: Any):
-    for axis, (size, names) in enumerate(zip(shape.shape, sharding.spec, strict=False)):
+  def _fitted(self, path, sharding: NamedSharding, shape: Any) -> NamedSharding:
+    """The sharding, over fewer mesh axes where a dimension does not divide by several.
+
+    Raises:
+      UserError: if it does not divide by one.
+    """
+    spec = list(sharding.spec)
+    for axis, (size, names) in enumerate(zip(shape.shape, spec, strict=False)):
       names = (names,) if isinstance(names, str) else (names or ())
-      parts = math.prod(self.mesh.shape[n] for n in names)
+      parts = lambda names: math.prod(self.mesh.shape[n] for n in names)
+      while len(names) > 1 and size % parts(names):
+        names = names[:-1]
+      spec[axis] = names if len(names) > 1 else (names[0] if names else None)
+      parts = parts(names)
       if size % parts:
         raise UserError(
           f'{jax.tree_util.keystr(path, simple=True, separator="/")} has shape '
@@ -268,6 +262,7 @@ class PjitPartitioner:
           f'the {parts} devices of mesh axis {"x".join(names)}. Sizes that do: '
           f'{[d for d in _divisors(size) if d <= len(self.mesh.devices.flat)]}.'
         )
+    return NamedSharding(self.mesh, PartitionSpec(*spec))
 
   @property
   def data_sharding(self) -> NamedSharding:

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 from palm_t5x import (
-  ahead_of_time,
   chips,
   metrics,
   precompile_report,
   precompile_search,
   run_dir,
+  step_compiler,
   topology,
   utils,
 )
-from palm_t5x.ahead_of_time import GIB, Compiler, DoesNotFitError, Step
 from palm_t5x.compiled_program import DCN, ICI
 from palm_t5x.errors import UserError
+from palm_t5x.step_compiler import GIB, Compiler, DoesNotFitError, Step
 
 RESULT = 'precompile.json'
 
@@ -124,7 +124,7 @@ def _batch_sizes(cfg: utils.DatasetConfig, asked: int | str | None) -> list[int]
   )
 
 
-def _compile(compiler: Compiler, variant: ahead_of_time.Variant) -> Step:
+def _compile(compiler: Compiler, variant: step_compiler.Variant) -> Step:
   """Compiles, or says by how much it does not fit and what does."""
   try:
     return compiler.compile(variant)
@@ -155,7 +155,7 @@ def _describe(compiler: Compiler, figures: chips.Chip | None) -> dict[str, Any]:
   versions = {'jax': jax.__version__}
   if where.platform == 'tpu':
     versions['libtpu'] = importlib.metadata.version('libtpu')
-  with ahead_of_time.target.compiling_for(where.platform):
+  with step_compiler.target.compiling_for(where.platform):
     return {
       'parameters': compiler.model.num_params(),
       'topology': where.name,

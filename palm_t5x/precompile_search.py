@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from palm_t5x.ahead_of_time import GIB, Compiler, DoesNotFitError, Step, Variant
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.network_config import REMAT_POLICIES
+from palm_t5x.step_compiler import GIB, Compiler, DoesNotFitError, Step, Variant
 
 # Options of libtpu's compiler that let transfers run beside computation.
 ASYNC_OPTIONS = (

@@ -43,6 +43,16 @@ class PrepareProgress:
       print(f'{label}: {100 * done / total:.0f}%', file=self._stream, flush=True)
 
 
+def _utilisation(mfu, without_attention, hfu) -> str | None:
+  """'46.2% (45.7% without attention, HFU 57.8%)', or None."""
+  if mfu is None:
+    return None
+  if without_attention is None or hfu is None:
+    return f'{100 * mfu:.1f}%'
+  rest = f'{100 * without_attention:.1f}% without attention, HFU {100 * hfu:.1f}%'
+  return f'{100 * mfu:.1f}% ({rest})'
+
+
 class ProgressLine:
   """Prints a run's progress: coloured with a bar on a terminal, plain lines otherwise.
 
@@ -114,11 +124,13 @@ class ProgressLine:
     tokens_per_second: float | None = None,
     mfu: float | None = None,
     mfu_label: str = 'MFU',
+    mfu_without_attention: float | None = None,
+    hfu: float | None = None,
   ) -> None:
     """Prints the interval that ends at `step`; what is None is left out.
 
-    loss in nats per token, mfu as a share of 1 (`metrics.mfu`); `mfu_label` says
-    of which peak ('MFU', or 'of measured peak' where a CPU's was measured).
+    loss in nats per token; mfu, mfu without attention and hfu (PaLM App. B) as shares
+    of 1; `mfu_label` says of which peak ('MFU', or 'of measured peak' on a CPU).
     """
     self.tick(step)
     if step > self._marks[-1][0]:
@@ -132,7 +144,7 @@ class ProgressLine:
       ('lr', None if learning_rate is None else f'{learning_rate:.2e}'),
       ('grad', None if grad_norm is None else f'{grad_norm:.3g}'),
       (None, None if tokens_per_second is None else f'{tokens_per_second:,.0f} tok/s'),
-      (mfu_label, None if mfu is None else f'{100 * mfu:.1f}%'),
+      (mfu_label, _utilisation(mfu, mfu_without_attention, hfu)),
       ('ETA', None if eta is None else duration(eta)),
     ]
     shown = [(label, value) for label, value in fields if value is not None]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from palm_t5x import metrics
+from palm_t5x import metrics, processes
 from palm_t5x.metric_writers import MetricsWriter, read_metrics
 from palm_t5x.progress import ProgressLine, duration
 
@@ -40,9 +40,14 @@ class Reporter:
   ):
     self._model_dir, self._total, self._start = model_dir, total_steps, start
     self._bytes_per_token = bytes_per_token
-    self._flops_per_token = self._peak = None
-    if hasattr(model, 'flops_per_token'):
-      self._flops_per_token = model.flops_per_token(length)
+    self._flops_per_token: dict[str, float] = {}
+    self._peak = None
+    if hasattr(model, 'hardware_flops_per_token'):
+      self._flops_per_token = {
+        'mfu': model.flops_per_token(length),
+        'mfu_without_attention': model.flops_per_token(length, attention=False),
+        'hfu': model.hardware_flops_per_token(length),
+      }
       self._peak = metrics.peak_flops(
         list(np.ravel(partitioner.mesh.devices)),
         cpu_operand_dtype='bfloat16' if model.config.mode == 'fast' else 'float32',
@@ -55,7 +60,8 @@ class Reporter:
     self.last_evaluation: dict[str, float] = {}
 
   def __enter__(self) -> 'Reporter':
-    self._line.__enter__()
+    if not self._quiet:
+      self._line.__enter__()
     return self
 
   def __exit__(self, *exc_info: Any):
@@ -92,14 +98,19 @@ class Reporter:
       values['cross_ent_loss'] / math.log(2) / self._bytes_per_token
     )
     row |= {'tokens_per_second': rate, 'steps_per_second': steps / seconds}
-    mfu = None
-    if self._peak and self._flops_per_token:
-      mfu = metrics.mfu(rate, self._flops_per_token, self._peak.flops)
-      row['mfu'] = mfu
+    shares = {}
+    if self._peak:
+      shares = {
+        name: metrics.mfu(rate, flops, self._peak.flops)
+        for name, flops in self._flops_per_token.items()
+      }
+    row |= shares
     self._writers['train'].write_scalars(step, row)
     if self._quiet:
       return
     measured = self._peak is not None and self._peak.source == 'measured'
+    if measured:  # of a CPU: the other shares are in metrics.jsonl
+      shares = {'mfu': shares['mfu']} if shares else {}
     self._line.report(
       step,
       loss=values['loss'],
@@ -107,9 +118,15 @@ class Reporter:
       learning_rate=values['learning_rate'],
       grad_norm=values['grad_norm'],
       tokens_per_second=rate,
-      mfu=mfu,
+      **shares,
       mfu_label='of measured peak' if measured else 'MFU',
     )
+
+  def goes_back(self, step: int):
+    """The run goes on from `step`: what it wrote of later ones is removed."""
+    self._start = step
+    for writer in self._writers.values():
+      writer.drop_from(step + 1)
 
   def tick(self, step: int):
     """A step is done: moves the bar."""
@@ -130,10 +147,12 @@ class Reporter:
 
   def already_finished(self) -> bool:
     """Whether a run that had nothing left to do wrote its closing evaluation too."""
-    rows = read_metrics(self._model_dir)
-    return self._start == self._total and any(
-      row['step'] == self._total and 'eval' in row['split'] for row in rows
-    )
+
+    def written() -> bool:
+      rows = read_metrics(self._model_dir)
+      return any(row['step'] == self._total and 'eval' in row['split'] for row in rows)
+
+    return self._start == self._total and processes.decide(written)
 
   def samples(self, prompts: Sequence[str], continuations: Sequence[Sequence[str]]):
     """Prompts and what the model made of them."""

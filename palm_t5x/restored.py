@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from palm_t5x import checkpoints, provenance, utils
+from palm_t5x import checkpoints, gin_check, provenance, utils
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 
@@ -66,6 +66,7 @@ def restore_params(
   utils.verify_vocabulary_size(model)
   metadata = checkpoints.read_metadata(folder)
   provenance.check_vocabulary(metadata, vocabulary, folder)
+  provenance.warn_settings(metadata, *gin_check.settings(), only='network.')
 
   def init(rng):
     shapes = {'decoder_input_tokens': (1, 1)}

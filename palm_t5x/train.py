@@ -4,6 +4,7 @@
 What happens between steps lives in `hooks`, what a step is in `trainer`.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +16,21 @@ from palm_t5x import (
   checkpoints,
   datasets,
   generation,
+  gin_check,
   gin_utils,
   hooks,
   provenance,
+  rewind,
   run_dir,
+  timeline,
   utils,
 )
-from palm_t5x.corpus import prepare
 from palm_t5x.corpus import vocabulary as vocabulary_lib
+from palm_t5x.corpus.sampling import parse_ranges
 from palm_t5x.errors import UserError
-from palm_t5x.progress import PrepareProgress
 from palm_t5x.reporting import Reporter
 from palm_t5x.restored import VOCABULARY_COPY, prefer_copy
+from palm_t5x.spikes import LossSpikeRecovery
 from palm_t5x.train_state import TrainState, TrainStateInitializer
 from palm_t5x.training_run import TrainingRun
 
@@ -59,6 +63,8 @@ def train(
   final_eval_steps: int | None = None,
   sample_prompts: Sequence[str] = (),
   sampling: generation.SamplingConfig | None = None,
+  loss_spike_recovery: LossSpikeRecovery | None = None,
+  skip_batches: Sequence[Any] = (),
 ) -> dict[str, float]:
   """Trains, resuming from the newest checkpoint in `model_dir` (T5X's train).
 
@@ -87,6 +93,9 @@ def train(
     final_eval_steps: batches of the closing evaluation; None reads everything.
     sample_prompts: continued by the trained model at the end.
     sampling: how.
+    loss_spike_recovery: goes back and skips data when the loss spikes; None does not.
+    skip_batches: 'a:b' texts, half-open ranges of batch numbers of the unskipped run;
+      kept in checkpoints from then on.
 
   Returns:
     The closing evaluation's overall metrics ({} without one).
@@ -95,39 +104,33 @@ def train(
     UserError: for anything that a change of configuration mends.
     Failure: if data or disk fail; earlier checkpoints stay as they are.
   """
-  if use_hardware_rng:
-    jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
-  seed = random_seed or 0
+  seed = _seed(random_seed, use_hardware_rng)
+  skip_batches = parse_ranges(skip_batches)
   check_numbers(total_steps, relative_steps, eval_period, stats_period, eval_steps)
   evals = [cfg for cfg in (train_eval_dataset_cfg, infer_eval_dataset_cfg) if cfg]
   model_dir = prepare_run(
     model, train_dataset_cfg, evals, partitioner, model_dir, cache_dir
   )
-  initializer = TrainStateInitializer(
-    model, partitioner, train_dataset_cfg.input_shapes
-  )
+  shapes = train_dataset_cfg.input_shapes
+  initializer = TrainStateInitializer(model, partitioner, shapes)
   save_cfg = checkpoint_cfg.save or utils.SaveCheckpointConfig()
-  checkpointer = checkpoints.Checkpointer(model_dir, save_cfg.keep, save_cfg.dtype)
-  metadata = provenance.describe(model, partitioner, seed)
-  state, position = initial_state(
-    initializer, checkpointer, checkpoint_cfg.restore, model.output_vocabulary, metadata
+  recovery = rewind.Recovery(loss_spike_recovery, model_dir)
+  checkpointer = checkpoints.Checkpointer(
+    model_dir, save_cfg.keep, save_cfg.dtype, save_cfg.keep_period, recovery.reach
   )
+  metadata = provenance.describe(model, partitioner, seed)
+  restart = functools.partial(
+    initial_state, initializer, checkpointer, checkpoint_cfg.restore, metadata
+  )
+  state, position, stored = restart()
+  recovery.restart(stored)
   start = int(state.step)
   total_steps = last_step(start, total_steps, relative_steps, model_dir)
   data = datasets.TrainDataset(
-    train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position
+    train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skip_batches
   )
-  trainer = trainer_cls(
-    model=model,
-    train_state=state,
-    partitioner=partitioner,
-    eval_names=(),
-    summary_dir=model_dir,
-    train_state_axes=initializer.axes,
-    rng=jax.random.key(seed),
-  )
-  for size in train_dataset_cfg.batch_sizes:
-    partitioner.check_batch(size, trainer.num_microbatches)
+  trainer = _trainer(trainer_cls, initializer, state, model_dir, seed)
+  check_batches(train_dataset_cfg, partitioner, trainer.num_microbatches)
   reporter = Reporter(
     model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )
@@ -135,7 +138,9 @@ def train(
     if reporter.already_finished():
       reporter.finished(start, None)
       return {}
-    run = TrainingRun(trainer, data, checkpointer, reporter, metadata, actions or {})
+    run = TrainingRun(
+      trainer, data, checkpointer, reporter, metadata, actions or {}, recovery, restart
+    )
     run.add_loss_evaluation(
       train_eval_dataset_cfg, cache_dir, seed, eval_steps, final_eval_steps
     )
@@ -146,8 +151,38 @@ def train(
     _describe_run(model, model_dir, initializer, state, summarize_config_fn)
     if run_eval_before_training and start == 0:
       run.evaluate(0)
-    stopped = train_loop(run, start, total_steps, save_cfg, eval_period, stats_period)
+    stopped = run.through_spikes(
+      train_loop, start, total_steps, save_cfg, eval_period, stats_period
+    )
     return run.finish(stopped, sample_prompts, sampling)
+
+
+def _seed(random_seed: int | None, use_hardware_rng: bool) -> int:
+  """The seed, once the kind of random bits is set that it is for."""
+  if use_hardware_rng:
+    jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
+  return random_seed or 0
+
+
+def _trainer(trainer_cls, initializer, state, model_dir, seed):
+  """The Trainer, with the arguments that T5X's has."""
+  return trainer_cls(
+    model=initializer.model,
+    train_state=state,
+    partitioner=initializer.partitioner,
+    eval_names=(),
+    summary_dir=model_dir,
+    train_state_axes=initializer.axes,
+    rng=jax.random.key(seed),
+  )
+
+
+def check_batches(
+  cfg: utils.DatasetConfig, partitioner: Any, num_microbatches: int | None = None
+):
+  """Refuses a schedule of which the mesh or the microbatches cannot cut every size."""
+  for size in cfg.batch_sizes:
+    partitioner.check_batch(size, num_microbatches)
 
 
 def check_numbers(
@@ -190,8 +225,7 @@ def prepare_run(
     UserError: for a batch that the mesh does not divide, an unknown task, an
       unwritable directory, vocabularies or sizes that do not match.
   """
-  for size in cfg.batch_sizes:
-    partitioner.check_batch(size)
+  check_batches(cfg, partitioner)
   for eval_cfg in eval_cfgs:
     partitioner.check_batch(eval_cfg.eval_batch_size, name='EVAL_BATCH_SIZE')
   for each in (cfg, *eval_cfgs):
@@ -200,7 +234,7 @@ def prepare_run(
   vocabulary = model.output_vocabulary
   vocabulary_lib.use(vocabulary)
   prefer_copy(vocabulary, model_dir)
-  prepare.learn_vocabulary(vocabulary, cache_dir, progress=PrepareProgress())
+  datasets.learn_vocabulary(vocabulary, cache_dir)
   utils.verify_vocabulary_size(model)
   for each in (cfg, *eval_cfgs):
     utils.verify_matching_vocabs(each, model)
@@ -250,11 +284,13 @@ def train_loop(
   """
   if start == stop:
     return None
-  signals = hooks.SignalHook()
+  signals = run.signals
   run.reporter.say(f'Compiling the train step, then steps {start + 1:,} to {stop:,}.')
   stats = hooks.StatsHook(stats_period or max(1, stop // 100), stop, run.write_stats)
   between_steps = [
     stats,
+    run.recovery.hook(lambda step: step == stop or save_cfg.due(step)),
+    hooks.compile_ahead(run.trainer, lambda step: run.data.next_size(step - 1)),
     hooks.periodically(eval_period, run.evaluate, never_at=stop),
     lambda step, metrics: run.save(step) if save_cfg.due(step) else None,
     signals,
@@ -277,26 +313,35 @@ def initial_state(
   initializer: TrainStateInitializer,
   checkpointer: checkpoints.Checkpointer,
   restore: utils.RestoreCheckpointConfig | None,
-  vocabulary: Any,
   metadata: Mapping[str, Any],
-) -> tuple[TrainState, datasets.Position]:
-  """The state to start from, and where its data stands.
+  quiet: bool = False,
+) -> tuple[TrainState, datasets.Position, Mapping[str, Any]]:
+  """The state to start from, where its data stands, and what its checkpoint says.
 
   In this order (T5X's):
   1. the newest whole checkpoint in MODEL_DIR: an interrupted run goes on;
   2. the checkpoint that Gin names (INITIAL_CHECKPOINT_PATH): fine-tuning starts from
      its parameters, on fresh data;
   3. an initialisation from the seed.
+
+  A run that has gone back (palm_t5x.timeline) starts there, and passes over what it
+  skips since.
   """
+  vocabulary = initializer.model.output_vocabulary
   checkpointer.clean()
+  rewinds = rewind.settle(checkpointer.directory)
   abstract = initializer.abstract()
   newest = checkpointer.restore_newest(abstract)
   if newest is not None:
     state, stored = newest
     provenance.check_vocabulary(stored, vocabulary, checkpointer.directory)
-    provenance.warn_differences(stored, metadata)
+    if not quiet:
+      provenance.warn_differences(stored, metadata)
     logger.info('resumed from step %d in %s.', int(state.step), checkpointer.directory)
-    return state, datasets.Position.from_json(stored['data'])
+    position = datasets.Position.from_json(stored['data'])
+    more = timeline.skips(rewinds, stored.get('rewinds', 0))
+    return state, position.skipping(more), stored
+  more = timeline.skips(rewinds, 0)
   path = restore.single_path if restore else None
   if path:
     try:
@@ -306,9 +351,10 @@ def initial_state(
         raise
       folder = None
     if folder:
-      return _from_checkpoint(initializer, folder, restore, vocabulary)
+      state, position = _from_checkpoint(initializer, folder, restore, vocabulary)
+      return state, position.skipping(more), {}
   state = initializer.from_scratch(jax.random.key(metadata['seed']))
-  return state, datasets.Position()
+  return state, datasets.Position().skipping(more), {}
 
 
 def _from_checkpoint(
@@ -316,7 +362,9 @@ def _from_checkpoint(
 ) -> tuple[TrainState, datasets.Position]:
   """Parameters, and unless they are to be reset the optimizer, of another run."""
   abstract = initializer.abstract()
-  provenance.check_vocabulary(checkpoints.read_metadata(folder), vocabulary, folder)
+  stored = checkpoints.read_metadata(folder)
+  provenance.check_vocabulary(stored, vocabulary, folder)
+  provenance.warn_settings(stored, *gin_check.settings(), only='network.')
   if restore.reset_optimizer:
     params = checkpoints.load(folder, {'target': abstract.params})['target']
     fresh = initializer.from_scratch(jax.random.key(0))

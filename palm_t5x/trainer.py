@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from palm_t5x import gradients
+from palm_t5x import ahead, gradients
 from palm_t5x.errors import UserError
 from palm_t5x.metrics import Ratio
 from palm_t5x.train_state import TrainState
@@ -228,13 +228,14 @@ class Trainer:
         **more,
       )
 
-    shardings = partitioner.shardings(train_state_axes)
+    shardings = partitioner.shardings(train_state_axes, train_state)
     self._step = partitioner.partition(
       step,
       in_shardings=(shardings, partitioner.data_sharding, None),
       out_shardings=(shardings, None),
       donate_argnums=(0,),
     )
+    self._steps = ahead.BySize(self._step)
     self._eval_step = partitioner.partition(
       lambda params, batch: model.eval_fn(params, batch)[1],
       in_shardings=(shardings.params, partitioner.data_sharding),
@@ -242,8 +243,12 @@ class Trainer:
 
   def train(self, batch: Batch) -> Metrics:
     """One update of `self.train_state`. Metrics stay on the device until read."""
-    self.train_state, metrics = self._step(self.train_state, batch, self._rng)
+    self.train_state, metrics = self._steps(self.train_state, batch, self._rng)
     return metrics
+
+  def compile_ahead(self, batch_size: int):
+    """Compiles the step for batches of another size, beside the training."""
+    self._steps.compile_ahead(batch_size)
 
   def eval(self, batch: Batch) -> Metrics:
     """Metrics of one evaluation batch with the present parameters."""

@@ -15,10 +15,12 @@ from palm_t5x import (
   evaluation,
   generation,
   hooks,
+  rewind,
   run_dir,
   utils,
 )
 from palm_t5x.reporting import Reporter
+from palm_t5x.spikes import Spike
 from palm_t5x.train_state import TrainStateInitializer
 
 
@@ -33,6 +35,8 @@ class TrainingRun:
     reporter: console, metrics.jsonl, TensorBoard.
     metadata: goes into every checkpoint beside step and data position.
     actions: {'train' | 'train_eval' | 'infer_eval': [BaseAction, ...]}.
+    recovery: watches the loss and goes back when it spikes.
+    restart: gives state, data position and metadata to resume from, as at the start.
     stop_signal: the signal that ended the run, if one did.
   """
 
@@ -42,14 +46,20 @@ class TrainingRun:
   reporter: Reporter
   metadata: Mapping[str, Any]
   actions: Mapping[str, Sequence[Any]]
+  recovery: rewind.Recovery
+  restart: Callable[..., tuple[Any, datasets.Position, Mapping[str, Any]]]
   stop_signal: int | None = None
 
   def __post_init__(self):
     self._readers: dict[str, Any] = {}
     self._task_evaluator: evaluation.TaskEvaluator | None = None
-    self._saved_step = int(self.trainer.train_state.step)
-    if self._saved_step == 0:
-      self._saved_step = None
+    # Beyond one train loop: a signal during a rewind ends the run after it.
+    self.signals = hooks.SignalHook()
+    self._starts_at(int(self.trainer.train_state.step))
+
+  def _starts_at(self, step: int):
+    self._saved_step = step or None
+    self._origin = step
 
   @property
   def partitioner(self) -> Any:
@@ -105,9 +115,46 @@ class TrainingRun:
     with self.reporter.paused():
       position = self.data.position(step).to_json()
       self.checkpointer.save(
-        self.trainer.train_state, {**self.metadata, 'step': step, 'data': position}
+        self.trainer.train_state,
+        {
+          **self.metadata,
+          'step': step,
+          'data': position,
+          **self.recovery.metadata(),
+        },
       )
     self._saved_step = step
+
+  def through_spikes(
+    self, loop: Callable[..., str | None], start: int, *args: Any
+  ) -> str | None:
+    """Calls loop(self, start, *args); after a loss spike again, from further back.
+
+    Returns:
+      What the loop returns when it comes to its end.
+    """
+    while True:
+      try:
+        return loop(self, start, *args)
+      except rewind.SpikeFound as found:
+        start = self._go_back(found.spike)
+
+  def _go_back(self, spike: Spike) -> int:
+    """Resumes from before the spike, with its data skipped; returns the step."""
+    with self.reporter.paused():
+      self.checkpointer.wait()
+      steps = checkpoints.steps_in(self.checkpointer.directory)
+      event = self.recovery.record(spike, self.data, steps, self._origin)
+      self.reporter.say(rewind.say(event, self.recovery.config.max_rewinds))
+      # Two states need not fit beside each other.
+      jax.tree.map(lambda x: x.delete(), self.trainer.train_state)
+      self.trainer.train_state, position, metadata = self.restart(quiet=True)
+      step = int(self.trainer.train_state.step)
+      self.recovery.restart(metadata)
+      self.data.move_to(position)
+      self.reporter.goes_back(step)
+      self._starts_at(step)
+    return step
 
   def evaluate(self, step: int, final: bool = False) -> str | None:
     """Runs the evaluations; returns why to stop, if an action says so."""

@@ -168,6 +168,8 @@ class SaveCheckpointConfig:
     checkpoint_steps: further steps to save at.
     keep: how many newest to keep; None keeps all.
     save_dataset: accepted for T5X: the data position, one number, is always saved.
+    keep_period: checkpoints of steps that it divides are kept for good, beside the
+      newest (Orbax's name); None for none.
   """
 
   dtype: str = 'float32'
@@ -175,16 +177,25 @@ class SaveCheckpointConfig:
   checkpoint_steps: Sequence[int] | None = None
   keep: int | None = None
   save_dataset: bool = False
+  keep_period: int | None = None
 
   def __post_init__(self):
     _check_dtype('SaveCheckpointConfig', self.dtype)
-    for name in ('period', 'keep'):
+    for name, without in (
+      ('period', 'save at the end alone'),
+      ('keep', 'keep all'),
+      ('keep_period', 'keep the newest alone'),
+    ):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UserError(
-          f'SaveCheckpointConfig.{name}={value}: it is 1 or more, or None '
-          f'({"save at the end alone" if name == "period" else "keep all"}).'
+          f'SaveCheckpointConfig.{name}={value}: it is 1 or more, or None ({without}).'
         )
+    if self.keep_period and self.period and self.keep_period % self.period:
+      raise UserError(
+        f'SaveCheckpointConfig.keep_period={self.keep_period} is no multiple of '
+        f'period={self.period}, so that no checkpoint would be of such a step.'
+      )
 
   def due(self, step: int) -> bool:
     """Whether a checkpoint is to be written after `step` updates."""

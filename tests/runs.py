@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import NamedTuple
@@ -127,6 +128,13 @@ def run(workspace, model_dir, *bindings, devices=1, **kwargs):
   """Runs to the end; returns the finished process."""
   options = command(workspace, model_dir, *bindings, devices=devices, **kwargs)
   return subprocess.run(**options, capture_output=True, timeout=300, check=False)
+
+
+def free_port() -> int:
+  """A TCP port that nothing listens on."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
 
 
 def arrays(folder):

@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crashes import at, dies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,6 +65,54 @@ def test_keeps_the_newest(tmp_path):
   assert checkpoints.steps_in(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize(
+  ('settings', 'expected'),
+  [
+    ({'keep': 2}, [11, 12]),
+    ({'keep': 2, 'keep_period': 5}, [5, 10, 11, 12]),
+    ({'keep': 2, 'keep_period': 20}, [11, 12]),
+    ({'keep_period': 5}, list(range(1, 13))),
+    ({'keep': 1, 'reach': 4}, [8, 9, 10, 11, 12]),
+    ({'keep': 1, 'reach': 40}, list(range(1, 13))),
+    ({'keep': 8, 'reach': 2}, list(range(5, 13))),
+    ({'keep': 1, 'reach': 2, 'keep_period': 6}, [6, 10, 11, 12]),
+  ],
+)
+def test_keeps_the_newest_and_every_so_many(tmp_path, settings, expected):
+  """The same whether all are there at the end or each save deletes what it may."""
+  checkpointer = checkpoints.Checkpointer(str(tmp_path), **settings)
+  try:
+    there = []
+    for step in range(1, 13):
+      there.append(step)
+      gone = checkpointer._superfluous(there) if settings.get('keep') else []
+      there = [s for s in there if s not in gone]
+  finally:
+    checkpointer.close()
+  assert there == expected
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_of_a_checkpoint(tmp_path):
+  _save(tmp_path / 'before', 1, 2)
+  one = shutil.copytree(tmp_path / 'before', tmp_path / 'one')
+  with at(None, one) as watch:
+    checkpoints._remove(one / 'checkpoint_1')
+  assert checkpoints.steps_in(one) == [2] and watch.changes > 3
+  for number in range(watch.changes):
+    folder = tmp_path / f'killed_{number}'
+    shutil.copytree(tmp_path / 'before', folder)
+    assert dies(
+      number, folder, lambda f=folder: checkpoints._remove(f / 'checkpoint_1')
+    )
+    for step in checkpoints.steps_in(folder):
+      assert checkpoints.damage(folder / f'checkpoint_{step}') is None
+    checkpointer = checkpoints.Checkpointer(str(folder))
+    checkpointer.clean()
+    checkpointer.close()
+    names = {path.name for path in folder.iterdir()}
+    assert names <= {'checkpoint_1', 'checkpoint_2'}
+
+
 def test_parameters_alone(tmp_path):
   _save(tmp_path, 5)
   abstract = {'target': _abstract(_state(5), 2).params}
@@ -73,42 +123,86 @@ def test_parameters_alone(tmp_path):
   np.testing.assert_array_equal(np.asarray(loaded['kernel']), expected)
 
 
-def _damage(folder, kind, rng):
-  files = sorted(
-    p
-    for p in folder.rglob('*')
-    if p.is_file() and p.name not in ('commit_success.txt',)
-  )
-  files = [p for p in files if p.name != '_CHECKPOINT_METADATA' and p.stat().st_size]
-  victim = rng.choice(files)
-  if kind == 'removed':
-    victim.unlink()
-  else:
-    data = bytearray(victim.read_bytes())
+def _damage(folder, rng):
+  """Flips, cuts, empties or removes one file of a checkpoint, any of them."""
+  victim = rng.choice(sorted(p for p in folder.rglob('*') if p.is_file()))
+  data = bytearray(victim.read_bytes())
+  kind = rng.choice(['flipped', 'bytes', 'cut', 'emptied', 'removed'])
+  if kind == 'flipped' and data:
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    victim.write_bytes(bytes(data))
-  return victim
+  elif kind == 'bytes' and data:
+    for _ in range(rng.randrange(1, 9)):
+      place = rng.randrange(len(data))
+      data[place] = (data[place] + rng.randrange(1, 256)) % 256
+  elif kind == 'cut' and data:
+    del data[rng.randrange(len(data)) :]
+  elif kind == 'emptied' and data:
+    data.clear()
+  else:
+    victim.unlink()
+    return f'{victim.name} removed'
+  victim.write_bytes(bytes(data))
+  return f'{victim.name} {kind}'
 
 
-@pytest.mark.parametrize('kind', ['flipped', 'removed'])
-@pytest.mark.parametrize('seed', range(6))
-def test_damage_is_never_loaded(tmp_path, caplog, kind, seed):
-  _save(tmp_path, 1, 2)
-  _damage(tmp_path / 'checkpoint_2', kind, random.Random(seed))
-  with checkpoints.Checkpointer(str(tmp_path)) as checkpointer:
-    state, _ = checkpointer.restore_newest(_abstract(_state(1), 1))
-  _equal(state, _state(1))
-  assert 'checkpoint_2 is damaged' in caplog.text
-  with pytest.raises(Failure, match='damaged'):
-    checkpoints.load(
-      tmp_path / 'checkpoint_2', {'target': _abstract(_state(2), 1).params}
-    )
-  assert checkpoints.find(tmp_path).name == 'checkpoint_1'
+def _never_loaded(tmp_path, caplog, seeds):
+  """Damages the newer of two checkpoints again and again; the older is what loads."""
+  run, spare = tmp_path / 'run', tmp_path / 'spare'
+  _save(run, 1, 2)
+  shutil.copytree(run / 'checkpoint_2', spare)
+  abstract = _abstract(_state(1), 1)
+  hit = set()
+  with checkpoints.Checkpointer(str(run)) as checkpointer:
+    for seed in seeds:
+      hit.add(what := _damage(run / 'checkpoint_2', random.Random(seed)))
+      caplog.clear()
+      state, metadata = checkpointer.restore_newest(abstract)
+      _equal(state, _state(1))
+      assert metadata == {'step': 1}, what
+      assert 'checkpoint_2 is damaged' in caplog.text, what
+      assert checkpoints.find(run).name == 'checkpoint_1', what
+      with pytest.raises(Failure, match='damaged'):
+        checkpoints.load(run / 'checkpoint_2', {'target': abstract.params})
+      shutil.rmtree(run / 'checkpoint_2')
+      shutil.copytree(spare, run / 'checkpoint_2')
+    state, _ = checkpointer.restore_newest(abstract)
+    _equal(state, _state(2))
+  return {what.rsplit(' ', 1)[0] for what in hit}
+
+
+def test_damage_is_never_loaded(tmp_path, caplog):
+  hit = _never_loaded(tmp_path, caplog, range(40))
+  assert len(hit) > 6, 'the damages reach files of every kind'
+
+
+@pytest.mark.slow
+def test_hundreds_of_damages_are_never_loaded(tmp_path, caplog):
+  hit = _never_loaded(tmp_path, caplog, range(100, 900))
+  assert {'_CHECKPOINT_METADATA', 'checksums.json', 'commit_success.txt'} <= hit
+  assert {'metadata', '_METADATA', 'manifest.ocdbt'} <= hit
+
+
+def test_a_file_that_nobody_wrote_is_damage(tmp_path):
+  _save(tmp_path, 1)
+  (tmp_path / 'checkpoint_1' / 'state' / 'more').write_text('x')
+  assert 'state/more is in no checksums.json' in checkpoints.damage(
+    tmp_path / 'checkpoint_1'
+  )
+
+
+def test_older_checkpoints_without_two_checksums_are_whole(tmp_path):
+  _save(tmp_path, 1)
+  path = tmp_path / 'checkpoint_1' / checkpoints.CHECKSUMS
+  recorded = json.loads(path.read_text())
+  for name in ('_CHECKPOINT_METADATA', 'commit_success.txt'):
+    del recorded[name]
+  path.write_text(json.dumps(recorded))
+  assert checkpoints.damage(tmp_path / 'checkpoint_1') is None
 
 
 def test_all_damaged_is_a_failure_not_a_fresh_start(tmp_path):
   _save(tmp_path, 1)
-  _damage(tmp_path / 'checkpoint_1', 'removed', random.Random(0))
+  _damage(tmp_path / 'checkpoint_1', random.Random(0))
   with (
     checkpoints.Checkpointer(str(tmp_path)) as checkpointer,
     pytest.raises(Failure, match='Move them away'),

@@ -130,6 +130,7 @@ def test_describe_of_540b_names_its_mesh_and_schedule(alone):
   assert found['mesh'].endswith('= 6144 devices')
   for size in ('512', '1024', '2048'):
     assert size in found['batch size (sequences)']
+  assert found['carbon estimate (tCO2e)'] == '271.43'  # paper, App. B
 
 
 def test_describe_follows_what_is_bound(alone):

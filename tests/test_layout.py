@@ -14,6 +14,7 @@ MAX_LAYERS_AND_NETWORK = 480
 
 # What may not know of the engine, the command or the domains above them.
 ENGINE = {
+  'ahead',
   'checkpoints',
   'commands',
   'command_line',
@@ -29,6 +30,7 @@ ENGINE = {
   'hooks',
   'infer',
   'interactive_model',
+  'layer_layout',
   'main',
   'models',
   'modes',
@@ -37,7 +39,10 @@ ENGINE = {
   'precompile',
   'export',
   'restored',
+  'rewind',
   'run_dir',
+  'spikes',
+  'timeline',
   'train',
   'train_state',
   'trainer',
@@ -122,7 +127,8 @@ def test_the_model_points_down():
     'models': {'trainer', 'utils', 'train', 'partitioning', 'checkpoints'},
     'partitioning': {'trainer', 'train', 'checkpoints', 'models'},
     'train_state': {'trainer', 'train', 'checkpoints'},
-    'checkpoints': {'trainer', 'train'},
+    'checkpoints': {'trainer', 'train', 'rewind'},
+    'timeline': {'checkpoints', 'rewind', 'trainer', 'train'},
     'trainer': {'train', 'eval', 'infer'},
   }
   for module, names in above.items():

@@ -17,9 +17,9 @@ from palm_t5x.errors import Failure, UserError
 # Settings are Gin's. A flag is added here only by a decision in the design.
 FROZEN_FLAGS = """
   gin_file gin_bindings gin_search_paths dry_run run_mode data_dir tfds_data_dir
-  seqio_additional_cache_dirs shard_id num_shards show search coordinator_address
-  process_count process_index initialization_timeout multiprocess_gpu verbosity
-  logtostderr alsologtostderr showprefixforinfo stderrthreshold log_dir
+  seqio_additional_cache_dirs skip_batches shard_id num_shards show search
+  coordinator_address process_count process_index initialization_timeout
+  multiprocess_gpu verbosity logtostderr alsologtostderr showprefixforinfo stderrthreshold log_dir
 """
 
 TOY = """
@@ -161,7 +161,7 @@ def test_t5x_launch_line():
   assert options.jax == {'jax_platforms': 'cpu', 'jax_enable_x64': 'false'}
   assert options.values['seqio_additional_cache_dirs'] == ['c', 'd']
   assert options.values['dry_run'] is False and options.values['verbosity'] == 1
-  assert options.several_processes
+  assert options.values['process_count'] == 2
 
 
 def test_switch_does_not_take_the_next_word():
@@ -292,38 +292,19 @@ def test_a_bug_keeps_its_trace(toy):
 
 
 def test_processes_are_joined_before_the_mode(toy, capsys, monkeypatch):
-  import jax
+  from palm_t5x import joining
 
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda **kw: calls.append(kw))
+  monkeypatch.setattr(joining, 'join', lambda *args: calls.append(args))
   args = ['toy', '--gin_file=toy.gin', '--gin.MODEL_DIR=m', '--process_count=2']
-  args += [
-    '--coordinator_address=h:1',
-    '--process_index=0',
-    '--initialization_timeout=9',
-  ]
+  args += ['--initialization_timeout=9', '--gin.HEARTBEAT_TIMEOUT=4']
   assert main.main([*args, '--dry_run']) == 0 and not calls
   assert main.main(args) == 0
-  assert calls == [
-    {
-      'coordinator_address': 'h:1',
-      'num_processes': 2,
-      'process_id': 0,
-      'initialization_timeout': 9,
-    }
-  ]
-
-
-def test_unreachable_processes_are_a_failure(toy, capsys, monkeypatch):
-  import jax
-
-  def fail(**kwargs):
-    raise RuntimeError('DEADLINE_EXCEEDED: no answer\nlong text')
-
-  monkeypatch.setattr(jax.distributed, 'initialize', fail)
-  args = ['toy', '--gin_file=toy.gin', '--gin.MODEL_DIR=m', '--process_count=2']
-  assert main.main(args) == 1
-  assert 'DEADLINE_EXCEEDED' in capsys.readouterr().err
+  ((flags, heartbeat, automatic),) = calls
+  assert flags['process_count'] == 2 and flags['initialization_timeout'] == 9
+  assert heartbeat == 4 and not automatic
+  assert main.main([*args, '--gin.HEARTBEAT_TIMEOUT=0']) == 2
+  assert 'HEARTBEAT_TIMEOUT=0' in capsys.readouterr().err
 
 
 # --- The process.

@@ -150,3 +150,8 @@ def test_ratio_is_a_pytree_that_jit_and_scan_carry():
 def test_bits_per_byte():
   # A uniform guess over 256 bytes costs 8 bits each.
   assert metrics.bits_per_byte(10 * math.log(256), 10) == pytest.approx(8)
+
+
+def test_carbon_estimate_of_the_paper():
+  chip_hours = 6144 * 1200 + 3072 * 336
+  assert round(metrics.carbon_tco2e(chip_hours, 378.5, 1.08, 0.079), 2) == 271.43

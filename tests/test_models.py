@@ -11,7 +11,15 @@ import numpy as np
 import palm_reference as reference
 import pytest
 
-from palm_t5x import decoding, errors, metrics, models, network
+from palm_t5x import (
+  adafactor,
+  decoding,
+  errors,
+  metrics,
+  models,
+  network,
+  network_config,
+)
 
 VOCABULARY = types.SimpleNamespace(eos_id=1, vocab_size=40)
 CONFIG = network.TransformerConfig(
@@ -405,3 +413,47 @@ def test_feature_converter_is_seqios():
 
   assert make().FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter
   assert make(feature_converter_cls=int).FEATURE_CONVERTER_CLS is int
+
+
+def _dot_flops(jaxpr):
+  """FLOPs of the matrix products of a jaxpr: (plain ones, batched ones)."""
+  found = np.zeros(2)
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), (batch, _) = equation.params['dimension_numbers']
+      depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+      found[int(bool(batch))] += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else [value]:
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          found += times * _dot_flops(inner)
+  return found
+
+
+@pytest.mark.parametrize('policy', network_config.REMAT_POLICIES)
+def test_recomputed_flops_are_those_of_the_gradient(policy):
+  """HFU's FLOPs against the products in the gradient's program, JAX's own account."""
+  B, T = 2, 128
+  config = network.TransformerConfig(
+    vocab_size=384,
+    dtype='bfloat16',
+    emb_dim=32,
+    num_heads=4,
+    num_layers=3,
+    head_dim=16,
+    mlp_dim=64,
+    remat_policy=policy,
+    attention_kernel='xla',
+  )
+  model = models.DecoderOnlyModel(
+    network.Decoder(config), VOCABULARY, adafactor.Adafactor(factored=False)
+  )
+  params = jax.eval_shape(model.get_initial_variables, jax.random.key(0))['params']
+  names = ('decoder_input_tokens', 'decoder_target_tokens')
+  batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in names}
+  loss = lambda params, batch: model.sum_loss_fn(params, batch, None)[0]
+  plain, batched = _dot_flops(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
+  batched /= 2  # each product of attention is there for the CPU and for the others
+  assert (plain + batched) / (B * T) == model.hardware_flops_per_token(T)

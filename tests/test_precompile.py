@@ -11,10 +11,10 @@ import pytest
 import runs
 
 from palm_t5x import chips, precompile_report, precompile_search, topology
-from palm_t5x.ahead_of_time import GIB, DoesNotFitError, Step, Variant
 from palm_t5x.compiled_program import Program
 from palm_t5x.errors import Failure, UserError
 from palm_t5x.network_config import REMAT_POLICIES
+from palm_t5x.step_compiler import GIB, DoesNotFitError, Step, Variant
 
 # runs.CONFIG's model on rows of 64 tokens.
 LAYERS, WIDTH, HEADS, HEAD, INNER, VOCABULARY, LENGTH = 2, 64, 2, 32, 128, 512, 64
@@ -159,7 +159,7 @@ TPU = (
 def test_a_program_for_two_slices(precompile, dtype, size, microbatches):
   done, facts = precompile(
     *TPU,
-    f'trainer.Trainer.pod_gradient_dtype={dtype}',
+    f'POD_GRADIENT_DTYPE={dtype}',
     f'MICROBATCHES={microbatches}',
   )
   assert not done.err, 'libtpu is quiet'
@@ -377,7 +377,7 @@ def test_540b_on_6144_chips(tmp_path, dtype, size, microbatches):
     [
       *(sys.executable, '-m', 'palm_t5x', 'precompile', '--gin_file=palm_540b.gin'),
       *(f'--gin.MODEL_DIR={tmp_path}', f'--gin.CACHE_DIR={tmp_path}'),
-      f'--gin.trainer.Trainer.pod_gradient_dtype={dtype}',
+      f'--gin.POD_GRADIENT_DTYPE={dtype}',
       f'--gin.MICROBATCHES={microbatches}',
     ],
     env={**os.environ, 'PYTHONPATH': str(runs.HERE.parent)},

@@ -7,6 +7,7 @@ import gin
 import pytest
 
 from palm_t5x import command_line, environment, main, modes, t5x_alias
+from palm_t5x.corpus.sampling import BatchSchedule
 from palm_t5x.errors import UserError
 
 RUNS = ('palm_tiny', 'palm_8b', 'palm_62b', 'palm_540b')
@@ -52,9 +53,14 @@ def test_configuration_as_text_says_the_same(run, tmp_path):
 
 @pytest.mark.parametrize(
   ('run', 'tokens', 'last_batch'),
-  [('palm_8b', 780e9, 512), ('palm_62b', 795e9, 1024), ('palm_540b', 775.9e9, 2048)],
+  [
+    ('palm_8b', '780.0', 512),
+    ('palm_62b', '795.0', 1024),
+    ('palm_540b', '775.9', 2048),
+  ],
 )
 def test_training_tokens_are_the_papers(run, tokens, last_batch):
+  """In billions, to the printed digits, by hand and by what the run will read."""
   reached = configure('train', f'--gin_file={run}.gin')
   steps, schedule = macro(reached, 'TRAIN_STEPS'), macro(reached, 'BATCH_SIZE')
   ends = [first for first, _ in schedule[1:]] + [steps]
@@ -62,7 +68,8 @@ def test_training_tokens_are_the_papers(run, tokens, last_batch):
     (end - first) * n for (first, n), end in zip(schedule, ends, strict=True)
   )
   assert macro(reached, 'TASK_FEATURE_LENGTHS') == {'targets': 2048}
-  assert sequences * 2048 == pytest.approx(tokens, rel=1e-4)
+  assert f'{sequences * 2048 / 1e9:.1f}' == tokens
+  assert BatchSchedule(schedule).examples_read(steps) == sequences
   assert schedule[-1][1] == last_batch
 
 
@@ -88,6 +95,21 @@ def test_loss_and_optimizer_are_the_papers(run):
   assert adafactor['decay_rate'] == 0.8
   assert adafactor['global_norm_clip_threshold'] == 1.0
   assert adafactor['weight_decay_rate_lr_exponent'] == 2.0
+
+
+@pytest.mark.parametrize('run', RUNS)
+def test_loss_spikes_are_recovered_from_unless_one_line_says_no(run):
+  from palm_t5x.spikes import LossSpikeRecovery
+
+  recovery = gin.get_configurable(LossSpikeRecovery)
+  reached = configure('train', f'--gin_file={run}.gin')
+  assert macro(reached, 'LOSS_SPIKE_RECOVERY').configurable.wrapped is LossSpikeRecovery
+  # The paper's: about 100 steps back, 200 to 500 batches skipped, some 20 times.
+  settings = recovery()
+  assert settings.rewind_steps == 100 and 200 <= settings.skip_batches <= 500
+  assert settings.max_rewinds == 20
+  off = ('--gin.LOSS_SPIKE_RECOVERY=None',)
+  assert macro(configure('train', f'--gin_file={run}.gin', *off), off[0][6:-5]) is None
 
 
 def test_mesh_of_540b_is_the_papers():

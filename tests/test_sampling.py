@@ -146,3 +146,89 @@ def test_bad_batch_sizes_are_refused(bad):
 def test_bad_skip_is_refused():
   with pytest.raises(errors.UserError, match='5:5'):
     sampling.BatchSchedule(4, skip_batches=[(5, 5)])
+
+
+@pytest.mark.parametrize(
+  ('texts', 'ranges'),
+  [
+    (['3:5'], [(3, 5)]),
+    ('3:5', [(3, 5)]),
+    (['3:5,8:9', '20:21'], [(3, 5), (8, 9), (20, 21)]),
+    ([(3, 5)], [(3, 5)]),
+    ([], []),
+  ],
+)
+def test_ranges_of_batches_are_read(texts, ranges):
+  assert sampling.parse_ranges(texts) == ranges
+
+
+@pytest.mark.parametrize(
+  'text', ['5', '5:3', '3:3', '-1:3', 'a:b', '1:2:3', '', '1.5:2']
+)
+def test_what_is_no_range_is_refused(text):
+  with pytest.raises(errors.UserError, match=r'--skip_batches=.*a:b'):
+    sampling.parse_ranges([text])
+
+
+RAMP = ((0, 2), (3, 4), (7, 8))
+
+
+def _read_in(schedule, start, stop):
+  return np.concatenate([schedule.indices(s) for s in range(start, stop)]).tolist()
+
+
+@pytest.mark.parametrize('begun', range(11))
+def test_a_skip_given_late_moves_nothing_that_was_read(begun):
+  """Against brute force: what is behind stays, what is ahead goes, across the ramp."""
+  plain = sampling.BatchSchedule(RAMP)
+  behind = _read_in(plain, 0, begun) if begun else []
+  skipped = set(_read_in(plain, 2, 5)) | set(_read_in(plain, 8, 9))
+  late = sampling.BatchSchedule(RAMP, skip_batches=[(2, 5), (8, 9)], begun=begun)
+  ahead = [i for i in range(400) if i not in behind and i not in skipped]
+  read = _read_in(late, begun, 14)
+  assert read == ahead[: len(read)]
+  missed = {i for a, b in late.missed for i in range(a, b)}
+  assert missed == skipped & set(behind)
+
+
+@pytest.mark.parametrize('begun', range(2, 11))
+def test_a_skip_given_again_changes_nothing(begun):
+  first = sampling.BatchSchedule(RAMP, skip_batches=[(2, 5), (8, 9)], begun=2)
+  again = sampling.BatchSchedule(
+    RAMP, skips=first.skips, skip_batches=[(2, 5), (8, 9)], begun=begun
+  )
+  assert again.skips == first.skips and again.missed == ()
+  assert _read_in(again, begun, 14) == _read_in(first, begun, 14)
+
+
+def test_batch_numbers_are_those_of_the_unskipped_run():
+  plain = sampling.BatchSchedule(RAMP)
+  for start in range(12):
+    for stop in range(start + 1, 13):
+      examples = plain.examples_of_steps(start, stop)
+      assert plain.batch_numbers(*examples) == (start, stop)
+  # Half a batch counts as the batch it lies in.
+  assert plain.batch_numbers(1, 3) == (0, 2)
+  skipping = sampling.BatchSchedule(RAMP, skips=[(2, 5)])
+  assert skipping.examples_of_steps(1, 2) == (5, 7)
+  assert skipping.batch_numbers(5, 7) == (2, 4)
+
+
+def test_next_size_of_a_ramp():
+  schedule = sampling.BatchSchedule(RAMP)
+  assert [schedule.next_size(s) for s in (0, 2, 3, 6, 7, 99)] == [
+    4,
+    4,
+    8,
+    8,
+    None,
+    None,
+  ]
+
+
+def test_batch_numbers_go_on_where_another_schedule_began():
+  """Resumed at step 4 with batches of 16: batch 5 is what step 5 would have read."""
+  shift = 4 * 8 - 4 * 16
+  schedule = sampling.BatchSchedule(16, skip_batches=[(5, 6)], shift=shift, begun=4)
+  assert schedule.skips == ((48, 64),) and schedule.offset(4) == 32
+  assert schedule.batch_numbers(48, 64) == (5, 6)

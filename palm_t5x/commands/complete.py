@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from palm_t5x import generation, utils
+from palm_t5x import generation, processes, utils
 from palm_t5x.errors import UserError
 from palm_t5x.restored import restore_params
 
@@ -46,7 +46,7 @@ def complete(
   """
   text = prompt if isinstance(prompt, str) else ' '.join(prompt)
   if text == '-':
-    text = _stdin()
+    text = processes.decide(_stdin)
   # Bytes of the command line that are no UTF-8 come as half surrogate pairs.
   text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
   if not text:
@@ -54,19 +54,20 @@ def complete(
   config = generation.SamplingConfig(
     max_new_tokens, temperature, topk, topp, num_samples, tuple(stop), seed
   )
+  say = print if processes.index() == 0 else lambda *args, **kwargs: None
   restored = restore_params(model, partitioner, restore_checkpoint_cfg)
   generator = generation.Generator(model, partitioner, restored.params)
   if num_samples > 1:
     continuations = generator.text([text], config)[0]
     for number, continuation in enumerate(continuations, 1):
-      print(f'--- {number}\n{text}{continuation}')
+      say(f'--- {number}\n{text}{continuation}')
     return continuations
-  print(text, end='', flush=True)
+  say(text, end='', flush=True)
   pieces = []
   for piece in generator.stream(text, config):
-    print(piece, end='', flush=True)
+    say(piece, end='', flush=True)
     pieces.append(piece)
-  print()
+  say()
   return [''.join(pieces)]
 
 

@@ -13,6 +13,7 @@ import jax
 from palm_t5x import utils
 from palm_t5x.checkpoints import param_count
 from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.metrics import carbon_tco2e
 
 _SECONDS_PER_DAY = 86_400
 
@@ -23,6 +24,10 @@ def describe(
   train_dataset_cfg: utils.DatasetConfig | None = None,
   partitioner: Any = None,
   total_steps: int | None = None,
+  chip_hours: float | None = None,
+  watts: float = 378.5,
+  pue: float = 1.08,
+  tco2e_per_mwh: float = 0.079,
 ) -> dict[str, Any]:
   """Prints and returns the facts of a configuration.
 
@@ -31,6 +36,8 @@ def describe(
     train_dataset_cfg: gives sequence length and batch schedule.
     partitioner: gives the mesh that is asked for; no device is needed.
     total_steps: gives the training tokens.
+    chip_hours: with it, the carbon estimate of the paper's App. B.
+    watts, pue, tco2e_per_mwh: see metrics.carbon_tco2e; the paper's by default.
   """
   facts: dict[str, Any] = {}
   shapes = jax.eval_shape(
@@ -42,6 +49,10 @@ def describe(
     facts |= _data_facts(model, train_dataset_cfg, total_steps)
   if partitioner is not None:
     facts['mesh'] = _mesh_text(partitioner)
+  if chip_hours:
+    facts['chip hours'] = float(chip_hours)
+    carbon = carbon_tco2e(chip_hours, watts, pue, tco2e_per_mwh)
+    facts['carbon estimate (tCO2e)'] = f'{carbon:.2f}'
   for name, value in facts.items():
     print(f'{name:42} {_text(value)}')
   return facts
@@ -70,6 +81,7 @@ def _data_facts(
   }
   flops = model.flops_per_token(cfg.length)
   facts['training FLOPs per token'] = flops
+  facts['hardware FLOPs per token'] = model.hardware_flops_per_token(cfg.length)
   if total_steps:
     tokens = BatchSchedule(cfg.batch_size).offset(total_steps) * cfg.length
     facts['steps'] = total_steps

@@ -52,7 +52,7 @@ def _list(seqio: Any):
     metrics = ', '.join(_metric_names(task)) or 'loss'
     print(f'  {name:24} {", ".join(task.output_features):18} {metrics}')
     print(f'    {_example_line(task)}')
-  print('\n`t5x tasks NAME` shows an example; docs/add_a_dataset.md adds a task.')
+  print('\n`t5x tasks NAME` shows an example; docs/your_data.md adds a task.')
 
 
 def _metric_names(task: Any) -> list[str]:

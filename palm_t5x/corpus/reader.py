@@ -138,10 +138,14 @@ class EvalReader:
       'decoder_loss_weights': weights,
     }
 
+  def num_batches(self, batch_size: int, max_batches: int | None = None) -> int:
+    """How many batches `batches` gives."""
+    count = -(-self.num_rows // batch_size)
+    return count if max_batches is None else min(count, max_batches)
+
   def batches(self, batch_size: int, max_batches: int | None = None):
     """All rows in order, `batch_size` at a time, the last filled up with padding."""
-    count = -(-self.num_rows // batch_size)
-    for step in range(count if max_batches is None else min(count, max_batches)):
+    for step in range(self.num_batches(batch_size, max_batches)):
       yield self.examples(range(step * batch_size, (step + 1) * batch_size))
 
 

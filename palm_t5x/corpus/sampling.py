@@ -166,12 +166,18 @@ class BatchSchedule:
       step 0, such as PaLM's ((0, 512), (50_000, 1024), (115_000, 2048)).
     skips: half-open ranges of global example indices that are never read; how a
       checkpoint remembers them, so that a later change of the ramp moves nothing.
-    skip_batches: the same as ranges of batch numbers of the unskipped run.
+    skip_batches: the same as ranges of batch numbers of the unskipped run; what of
+      them lies before `begun` has been read, and is left as it is.
     shift: examples that were read beyond those that this schedule counts, because the
       run began with another one; skipped examples are not among them.
+    begun: the step that comes next.
+
+  Attributes:
+    skips: all ranges of example indices that are passed over, sorted and disjoint.
+    missed: the parts of `skip_batches`, as example indices, that came too late.
   """
 
-  def __init__(self, batch_size, skips=(), skip_batches=(), shift=0):
+  def __init__(self, batch_size, skips=(), skip_batches=(), shift=0, begun=0):
     ramp = ((0, batch_size),) if isinstance(batch_size, int) else tuple(batch_size)
     try:
       ramp = tuple((int(start), int(size)) for start, size in ramp)
@@ -190,9 +196,12 @@ class BatchSchedule:
       )
     self.ramp = ramp
     self._shift = shift
-    ranges = [self._examples_of(start, stop) for start, stop in skip_batches]
-    ranges += [(int(start), int(stop)) for start, stop in skips]
-    self.skips = _merge(ranges)
+    self.skips = _merge((int(start), int(stop)) for start, stop in skips)
+    asked = [self._examples_of(start, stop) for start, stop in skip_batches]
+    read = self.offset(begun) if begun else 0
+    # A range behind the run must not enter: it would push everything after it along.
+    self.missed = _without([(a, min(b, read)) for a, b in asked], self.skips)
+    self.skips = _merge([*self.skips, *((max(a, read), b) for a, b in asked)])
 
   def size(self, step: int) -> int:
     """Sequences in the batch of `step`."""
@@ -210,7 +219,30 @@ class BatchSchedule:
       raise errors.UserError(
         f'Cannot skip batches {start}:{stop}: a range a:b needs 0 <= a < b.'
       )
-    return self._unskipped_offset(start), self._unskipped_offset(stop)
+    first, last = self._unskipped_offset(start), self._unskipped_offset(stop)
+    return max(0, first + self._shift), max(0, last + self._shift)
+
+  def examples_of_steps(self, start: int, stop: int) -> tuple[int, int]:
+    """The half-open range of example indices that steps start ... stop-1 read in."""
+    return self.offset(start), int(self.indices(stop - 1)[-1]) + 1
+
+  def batch_numbers(self, first: int, last: int) -> tuple[int, int]:
+    """The batches of the unskipped run that hold examples first ... last-1."""
+    return self._batch_of(first), self._batch_of(last - 1) + 1
+
+  def _batch_of(self, example: int) -> int:
+    example -= self._shift
+    stops = [start for start, _ in self.ramp[1:]] + [None]
+    for (start, size), stop in zip(self.ramp, stops, strict=True):
+      if stop is None or example < (stop - start) * size:
+        return start + example // size
+      example -= (stop - start) * size
+    raise AssertionError('the last stage of a ramp has no end')
+
+  def next_size(self, step: int) -> int | None:
+    """The first batch size after that of `step`; None if it stays."""
+    later = [size for start, size in self.ramp if start > step]
+    return later[0] if later else None
 
   def _past_skips(self, indices) -> np.ndarray:
     """Example numbers counted without the skipped ones -> global example indices."""
@@ -231,6 +263,43 @@ class BatchSchedule:
     """The global example indices of the batch of `step`, int64 [size(step)]."""
     first = self.examples_read(step)
     return self._past_skips(np.arange(first, first + self.size(step)))
+
+
+def parse_ranges(texts) -> list[tuple[int, int]]:
+  """'a:b' or 'a:b,c:d' or pairs of numbers -> half-open ranges of batch numbers.
+
+  Raises:
+    UserError: for what is no range, naming it.
+  """
+  texts = [texts] if isinstance(texts, str) else list(texts)
+  ranges = []
+  for text in texts:
+    parts = text.split(',') if isinstance(text, str) else [text]
+    for part in parts:
+      pair = part.split(':') if isinstance(part, str) else part
+      try:
+        start, stop = (int(number) for number in pair)
+      except (TypeError, ValueError):
+        start, stop = 0, 0
+      if not 0 <= start < stop:
+        raise errors.UserError(
+          f'--skip_batches={part}: a range of batches is a:b with 0 <= a < b, such as '
+          '1000:1300; batch b is read again.'
+        )
+      ranges.append((start, stop))
+  return ranges
+
+
+def _without(ranges, taken) -> tuple[tuple[int, int], ...]:
+  """What `ranges` cover and the sorted, disjoint `taken` do not."""
+  left = []
+  for start, stop in _merge(ranges):
+    for first, last in taken:
+      if first < stop and last > start:
+        left.append((start, first))
+        start = last
+    left.append((start, stop))
+  return _merge(left)
 
 
 def _merge(ranges) -> tuple[tuple[int, int], ...]:
