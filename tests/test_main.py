@@ -19,7 +19,8 @@ FROZEN_FLAGS = """
   gin_file gin_bindings gin_search_paths dry_run run_mode data_dir tfds_data_dir
   seqio_additional_cache_dirs skip_batches shard_id num_shards show search
   coordinator_address process_count process_index initialization_timeout
-  multiprocess_gpu verbosity logtostderr alsologtostderr showprefixforinfo stderrthreshold log_dir
+  multiprocess_gpu verbosity logtostderr alsologtostderr showprefixforinfo
+  stderrthreshold log_dir
 """
 
 TOY = """
