@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from palm_t5x import compiled_program, schedules, target, utils
 from palm_t5x import trainer as trainer_lib
 from palm_t5x.errors import Failure, UserError
+from palm_t5x.hlo_loops import UnknownLoopError
 from palm_t5x.topology import Topology
 from palm_t5x.train_state import TrainStateInitializer
 
@@ -129,7 +130,8 @@ class Compiler:
       DoesNotFitError: if it needs more memory than a chip has.
       UserError: if the mesh does not divide the model or the batch, or the compiler
         does not know an option.
-      Failure: if the compiler gives up otherwise.
+      Failure: if the compiler gives up otherwise, or its program has a loop of unknown
+        length.
     """
     self.partitioner.check_batch(variant.batch_size, variant.microbatches)
     start = time.perf_counter()
@@ -147,9 +149,12 @@ class Compiler:
         raise _explained(error, variant) from error
       seconds = time.perf_counter() - lowered_at
       total = _total_bytes(folder, compiled)
-    program = compiled_program.analyze(
-      compiled.as_text(), self.topology.mesh(self.mesh)
-    )
+    try:
+      program = compiled_program.analyze(
+        compiled.as_text(), self.topology.mesh(self.mesh)
+      )
+    except UnknownLoopError as error:
+      raise Failure(f'{error}: no total would be right ({variant.text()}).') from error
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Step(variant, program, total, lowered_at - start, seconds, host)
 

@@ -158,7 +158,8 @@ def _here(backend: str | None, num_slices: int) -> Topology:
   except RuntimeError as error:
     raise UserError(
       f'TOPOLOGY is not bound, and this machine has no {backend}: name the machine to '
-      "compile for, as --gin.TOPOLOGY='v4:2x2x2'."
+      "compile for, as --gin.TOPOLOGY='v4:2x2x2' (with T5X's own file "
+      "--gin.precompile.topology_name='v4:2x2x2')."
     ) from error
   if num_slices > 1:
     raise UserError(

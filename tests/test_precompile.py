@@ -138,6 +138,37 @@ def test_every_size_of_the_ramp(workspace, tmp_path):
   assert [p['batch_size'] for p in programs] == [2, 4]
 
 
+def test_the_file_that_t5x_configurations_include(workspace, tmp_path):
+  """T5X's scopes and macros, its backend='tpu', no vocabulary and no task anywhere."""
+  (tmp_path / 'mine.gin').write_text("""
+from __gin__ import dynamic_registration
+from t5x import partitioning
+from palm_t5x import network
+include 'models/base.gin'
+include 't5x/configs/runs/precompile.gin'
+CACHE_DIR = '/nowhere'
+VOCABULARY_PATH = 'nowhere.model'
+network.TransformerConfig:
+  vocab_size = 512
+  emb_dim = 32
+  num_heads = 2
+  num_layers = 1
+  head_dim = 16
+  mlp_dim = 64
+MIXTURE_OR_TASK_NAME = 'no_such_task'
+TASK_FEATURE_LENGTHS = {'targets': 16}
+BATCH_SIZE = 4
+partitioning.PjitPartitioner.num_partitions = 2
+""")
+  model_dir = tmp_path / 'run'
+  words = [f'--gin_file={tmp_path}/mine.gin', f'--gin.MODEL_DIR={model_dir}']
+  done = runs.t5x('precompile', *words, '--gin.precompile.topology_name=cpu:4')
+  assert done.code == 0, done.err
+  assert [path.name for path in model_dir.iterdir()] == ['precompile.json']
+  done = runs.t5x('precompile', *words)
+  assert 'this machine has no tpu' in done.error
+
+
 # --- The real compiler, for a small machine.
 
 # Larger, so that a few metrics and padding to whole tiles do not matter.
