@@ -53,6 +53,7 @@ FLAGS = (
   Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
   Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
+  Flag('search', bool, 'try ways to compile, rank them', ('precompile',), 'search'),
   Flag('coordinator_address', str, 'host:port of process 0, for several processes'),
   Flag('process_count', int, 'how many processes there are'),
   Flag('process_index', int, 'which of them this one is, from 0'),

@@ -67,6 +67,49 @@ def prepare(
       _update_jax(name, value)
 
 
+def compile_only(topology: object, num_slices: object = 1) -> None:
+  """Readies a process that compiles for another machine and runs nothing.
+
+  No accelerator is looked for, and as many CPU devices are simulated as `topology`,
+  such as 'cpu:64', asks for. The user's own settings win.
+
+  Args:
+    topology: the macro TOPOLOGY; None means this machine, and changes nothing.
+    num_slices: the macro NUM_SLICES: how many times as many.
+  """
+  if not isinstance(topology, str):
+    return
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  kind, _, count = topology.partition(':')
+  flags = os.environ.get('XLA_FLAGS', '')
+  option = '--xla_force_host_platform_device_count'
+  if kind == 'cpu' and count.isdigit() and option not in flags:
+    devices = int(count) * (num_slices if isinstance(num_slices, int) else 1)
+    os.environ['XLA_FLAGS'] = f'{flags} {option}={devices}'.strip()
+
+
+def quiet_libtpu(cache: str | None = None) -> None:
+  """Settings under which libtpu works without a TPU and says nothing.
+
+  It would ask Google's metadata server where it is, refuse to be loaded by a second
+  process, and write its logs to a shared folder.
+
+  Args:
+    cache: the folder below which its logs go, CACHE_DIR.
+  """
+  logs = os.path.join(cache_dir(cache), 'libtpu_logs')
+  os.makedirs(logs, exist_ok=True)
+  for name, value in {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v4-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_LOG_DIR': logs,
+    'TPU_STDERR_LOG_LEVEL': '3',
+  }.items():
+    os.environ.setdefault(name, value)
+
+
 def _tpu_compiler_without_tpu() -> bool:
   """Whether libtpu is installed (for `t5x precompile`) and there is no accelerator."""
   installed = importlib.util.find_spec

@@ -145,6 +145,8 @@ def configure(options: command_line.Options) -> tuple[Any, Any]:
 
   quiet_imports.install()
   environment.prepare(_nproc(scan), scan.value('CACHE_DIR'), options.jax)
+  if mode.compiles_only:
+    environment.compile_only(scan.value('TOPOLOGY'), scan.value('NUM_SLICES'))
   _configure_logging(options.values.get('verbosity'))
   return _load(options, files, statements, bindings, search, scan)
 

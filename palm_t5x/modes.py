@@ -22,6 +22,7 @@ class Mode(NamedTuple):
     reads: the parameter that text after the mode's name is bound to, if any.
     reads_many: whether it gets a list of words, and not one text.
     files: Gin files read before the user's.
+    compiles_only: whether its programs are for the machine TOPOLOGY, and never run.
     computes: whether it runs on all devices, and so joins the processes of its job.
   """
 
@@ -33,6 +34,7 @@ class Mode(NamedTuple):
   reads: str | None = None
   reads_many: bool = False
   files: tuple[str, ...] = ()
+  compiles_only: bool = False
   computes: bool = False
 
 
@@ -76,6 +78,14 @@ MODES = {
     'parameters, shapes, memory and FLOPs of a configuration; opens no data',
     'runs/describe.gin',
     '--gin_file=palm_540b.gin',
+  ),
+  'precompile': Mode(
+    'palm_t5x.precompile',
+    'precompile',
+    'compile the train step for TPUs that are not here: memory, traffic, bounds',
+    'runs/precompile.gin',
+    '--gin_file=palm_540b.gin',
+    compiles_only=True,
   ),
   'tasks': Mode(
     'palm_t5x.commands.tasks',

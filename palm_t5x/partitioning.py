@@ -147,15 +147,13 @@ def create_mesh(
   axis_names: Sequence[str],
 ) -> Mesh:
   """Lays devices out so that each mesh axis gets neighbouring chips."""
-  if math.prod(dcn) > 1 and getattr(devices[0], 'slice_index', None) is not None:
+  shape = tuple(i * d for i, d in zip(ici, dcn, strict=True))
+  if devices[0].platform == 'cpu':
+    array = np.asarray(devices).reshape(shape)
+  elif math.prod(dcn) > 1 and getattr(devices[0], 'slice_index', None) is not None:
     array = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
   else:
-    shape = tuple(i * d for i, d in zip(ici, dcn, strict=True))
-    array = (
-      np.asarray(devices).reshape(shape)
-      if devices[0].platform == 'cpu'
-      else mesh_utils.create_device_mesh(shape, devices=devices)
-    )
+    array = mesh_utils.create_device_mesh(shape, devices=devices)
   return Mesh(array, tuple(axis_names))
 
 

@@ -61,7 +61,7 @@ def write_model_info(model_dir: str, params: Any, axes: Any, partitioner: Any):
     size = param_count(leaf)
     lines.append(f'{name:48} {size:>16,}  ({shape})  {partitioner.spec(logical)}')
   lines.append(f'Total number of parameters: {param_count(params):,}')
-  _replace(pathlib.Path(model_dir) / 'model-info.txt', '\n'.join(lines) + '\n')
+  replace(pathlib.Path(model_dir) / 'model-info.txt', '\n'.join(lines) + '\n')
 
 
 @contextlib.contextmanager
@@ -76,8 +76,9 @@ def writing(path: str | os.PathLike):
     ) from e
 
 
-def _replace(path: pathlib.Path, text: str):
+def replace(path: str | os.PathLike, text: str):
   """Writes a small file whole, or leaves the old one."""
+  path = pathlib.Path(path)
   temporary = path.with_name(path.name + '.tmp')
   with writing(path):
     try:

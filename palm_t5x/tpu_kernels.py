@@ -76,6 +76,7 @@ def causal_attention(q_BTHK, k_BTGK, v_BTGK, interpret=None):
     run,
     in_specs=(q_spec, kv_spec, kv_spec),
     out_specs=q_spec,
-    axis_names={*rows, *heads},
+    # Mesh axes of one device too, or XLA takes the kernel for one it shall partition.
+    axis_names={*rows, *heads} | {a for a, n in meshes.sizes().items() if n == 1},
     check_vma=False,
   )(q_BTHK, k_BTGK, v_BTGK)
