@@ -86,7 +86,7 @@ def bounds(
     'hbm': hbm_bytes / chip.hbm_bytes_per_second,
   }
   for axis, sent in ici_bytes.items():
-    rate = chip.ici_bytes_per_second * links.get(axis, chip.ici_links)
+    rate = chip.ici_bytes_per_second * (links.get(axis) or chip.ici_links)
     seconds[f'ici {axis}'] = sent / rate
   seconds['dcn'] = dcn_bytes / chip.dcn_bytes_per_second
   return seconds

@@ -140,6 +140,22 @@ def mesh_shape(
   return ici, dcn
 
 
+def _on_torus(create: Callable, devices: Sequence[Any], shape: MeshShape) -> np.ndarray:
+  """Whole axes of the torus for each mesh axis, or parts of them if need be."""
+  try:
+    return create(devices=devices)
+  except NotImplementedError:
+    pass
+  try:
+    return create(devices=devices, allow_split_physical_axes=True)
+  except NotImplementedError as error:
+    raise UserError(
+      f'ici_mesh_shape={shape} cannot be laid on the chips, which form a torus of '
+      f'{tuple(np.ptp([d.coords for d in devices], axis=0) + 1)}: make each size a '
+      'product of its sides or of their divisors.'
+    ) from error
+
+
 def create_mesh(
   devices: Sequence[Any],
   ici: MeshShape,
@@ -151,9 +167,12 @@ def create_mesh(
   if devices[0].platform == 'cpu':
     array = np.asarray(devices).reshape(shape)
   elif math.prod(dcn) > 1 and getattr(devices[0], 'slice_index', None) is not None:
-    array = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
+    create = functools.partial(mesh_utils.create_hybrid_device_mesh, ici, dcn)
+    array = _on_torus(create, devices, ici)
   else:
-    array = mesh_utils.create_device_mesh(shape, devices=devices)
+    array = _on_torus(
+      functools.partial(mesh_utils.create_device_mesh, shape), devices, shape
+    )
   return Mesh(array, tuple(axis_names))
 
 
