@@ -1,4 +1,4 @@
-"""Adafactor against NumPy float64: spec/palm.md §4, the paper of 2018, optax."""
+"""Adafactor against NumPy float64: PaLM's recipe, the paper of 2018, optax."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def gradients(steps=STEPS):
 
 
 def numpy_palm(params, grads_per_step, lr_of=palm_lr):
-  """The seven steps of spec/palm.md §4, float64, each array one parameter."""
+  """The seven steps of palm_t5x.adafactor, in float64, each array one parameter."""
   names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
   treedef = jax.tree.structure(params)
   p = dict(zip(names, jax.tree.leaves(params), strict=True))

@@ -404,7 +404,7 @@ PALM_540B = 540.35e9
   [('bfloat16', 2, 1), ('float32', 4, 1), ('bfloat16', 2, 2)],
 )
 def test_540b_on_6144_chips(tmp_path, dtype, size, microbatches):
-  """The issue's numbers, for the run as palm_540b.gin has it."""
+  """What the paper's machine must be able to hold and do, as palm_540b.gin has it."""
   done = subprocess.run(
     [
       *(sys.executable, '-m', 'palm_t5x', 'precompile', '--gin_file=palm_540b.gin'),
@@ -434,7 +434,7 @@ def test_540b_on_6144_chips(tmp_path, dtype, size, microbatches):
   assert 'all-gather' not in {c['kind'] for c in across}
   crossing = sum(c['wire_bytes'] for c in across)
   assert crossing == pytest.approx(PALM_540B / 3072 * size, rel=0.1)
-  # Two gathers of the layers' kernels in bf16, a twelfth each (spec/scale.md).
+  # Two gathers of the layers' kernels in bf16, a twelfth each.
   layers = 118 * 18432 * 48 * (3328 + 1792) / 12
   gathered = sum(
     c['result_bytes']
@@ -442,6 +442,11 @@ def test_540b_on_6144_chips(tmp_path, dtype, size, microbatches):
     if c['axis'] == 'data' and c['kind'] == 'all-gather'
   )
   assert gathered == pytest.approx(2 * 2 * layers * microbatches, rel=0.1)
+  # 118 layers run each of the attention kernels, the forward one twice.
+  assert facts['attention_kernel'] == 'splash'
+  runs_of = {k['name']: k['count'] for k in program['flops']['kernels_per_chip']}
+  assert sorted(runs_of.values()) == [118 * n * microbatches for n in (1, 1, 2)]
+  assert all(name.startswith('splash_mqa') for name in runs_of)
   # Between the model's own, the causal half of attention left out, and all of it twice.
   flops = program['flops']
   assert flops['model_per_token'] == pytest.approx(3.28e12, rel=1e-3)

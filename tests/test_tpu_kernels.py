@@ -57,3 +57,10 @@ def test_rows_that_blocks_do_not_divide_go_to_xla():
   found = layers.attention(*inputs, kernel='splash')
   np.testing.assert_allclose(found, _float64(*inputs), atol=2e-5)
   assert tpu_kernels.fits(2048) and not tpu_kernels.fits(96)
+
+
+@pytest.mark.parametrize('T', [2048, 3072])
+def test_long_rows(T):
+  inputs = _inputs(B=1, T=T, H=1, K=16)
+  found = jax.jit(tpu_kernels.causal_attention)(*inputs)
+  np.testing.assert_allclose(found, _float64(*inputs), atol=2e-5)

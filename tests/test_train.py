@@ -95,7 +95,7 @@ def test_killed_runs_end_bit_identical(workspace, straight):
   assert losses(model_dir) == losses(straight[0])
 
 
-@pytest.mark.parametrize('devices', [2, 4])
+@pytest.mark.parametrize('devices', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumes_on_another_mesh_to_rounding(workspace, straight, devices):
   model_dir = workspace / f'devices{devices}'
   assert run(workspace, model_dir, 'TRAIN_STEPS=6').returncode == 0
