@@ -13,9 +13,14 @@ import pytest
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '2'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+# Eight simulated devices wait for each other on two cores: on a busy machine for longer
+# than the 40 seconds after which XLA would end the process.
 _FLAGS = os.environ.get('XLA_FLAGS', '')
+if 'terminate_timeout' not in _FLAGS:
+  _FLAGS += ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 if 'xla_force_host_platform_device_count' not in _FLAGS:
-  os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_force_host_platform_device_count=8'.strip()
+  _FLAGS += ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = _FLAGS.strip()
 _CACHE = pathlib.Path(tempfile.gettempdir(), f'palm_t5x_tests_{os.getuid()}', 'xla')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')

@@ -116,7 +116,10 @@ def here(workspace, mode, model_dir, *bindings, words=()) -> Done:
 def command(workspace, model_dir, *bindings, devices=1, mode='train', words=()):
   """Arguments and environment of one `t5x` process."""
   environment = dict(os.environ)
-  environment['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+  environment['XLA_FLAGS'] = (
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
+    f'--xla_force_host_platform_device_count={devices}'
+  )
   environment['NPROC'] = '2'
   environment['PYTHONPATH'] = os.pathsep.join([str(HERE.parent), str(HERE)])
   args = [sys.executable, '-m', 'palm_t5x']

@@ -272,3 +272,27 @@ def test_a_coordinator_that_stays_alone_says_so(workspace, tmp_path):
   assert done.returncode == 1
   last = done.stderr.splitlines()[-1]
   assert f'not all of the 2 processes came to {address} within 3 s' in last
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_past_a_spike_together(workspace):
+  """As test_rewind's one process: the same spike, checkpoint and skipped batches."""
+  recovery = 'spikes.LossSpikeRecovery'
+  group = Together(
+    workspace,
+    workspace / 'spiked_together',
+    2,
+    '--gin_bindings=import planting_probe',
+    'TRAIN_STEPS=90',
+    'utils.create_learning_rate_scheduler.base_learning_rate=3.0',
+    'LOSS_SPIKE_RECOVERY=@spikes.LossSpikeRecovery()',
+    *(f'{recovery}.window=15', f'{recovery}.rewind_steps=5'),
+    *(f'{recovery}.skip_batches=20', f'{recovery}.patience=3'),
+    *('CHECKPOINT_PERIOD=10', 'CHECKPOINT_KEEP=None'),
+  )
+  assert group.wait() == [0, 0], group.err(0) + group.err(1)
+  (event,) = runs.json_lines(group.model_dir / 'events.jsonl')
+  assert (event['spike_began'], event['checkpoint']) == (51, 40)
+  assert event['skipped_batches'] == [45, 65]
+  assert group.out(0).count('Loss spike from step 51') == 1
+  assert sorted(runs.losses(group.model_dir)) == list(range(1, 91))
