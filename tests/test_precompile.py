@@ -218,7 +218,7 @@ def test_what_does_not_fit_says_what_does(workspace, tmp_path):
   """The remedy is compiled before it is named."""
   done = runs.here(
     *(workspace, 'precompile', tmp_path, 'TOPOLOGY=v5e:1x1', 'DTYPE=auto'),
-    *("TASK_FEATURE_LENGTHS={'targets': 2048}", 'BATCH_SIZE=1024', f'{REMAT}=full'),
+    *("TASK_FEATURE_LENGTHS={'targets': 2048}", 'BATCH_SIZE=4096', f'{REMAT}=full'),
     'LOSS_CHUNK_LENGTH=128',
   )
   assert done.code == 2
