@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from palm_t5x import checkpoints, datasets, timeline
+from palm_t5x import checkpoints, datasets, processes, timeline
 from palm_t5x.errors import Failure
 from palm_t5x.spikes import LossSpikeRecovery, LossSpikes, Spike
 
@@ -126,7 +124,9 @@ class Recovery:
       )
     # The batch that step s reads has number s - 1.
     change = max(spike.began - 1 - self.config.rewind_steps, 0)
-    target = _agreed(_newest_whole(self._model_dir, steps, change, origin))
+    target = processes.decide(
+      lambda: _newest_whole(self._model_dir, steps, change, origin)
+    )
     start = max(target, change)
     added = data.examples(start, start + self.config.skip_batches)
     event = {
@@ -149,19 +149,19 @@ class Recovery:
       'skips': [*map(list, data.skips), list(added)],
       'event': event,
     }
-    if jax.process_index() == 0:
-      timeline.append(self._model_dir, entry)
-    _wait_for_all('palm_t5x_rewind')
+    processes.decide(lambda: timeline.append(self._model_dir, entry))
     return event
 
 
 def settle(model_dir: str) -> list[timeline.Entry]:
   """Writes down in events.jsonl what a kill may have left out; returns the rewinds."""
   entries = timeline.read(model_dir)
-  if jax.process_index() == 0:
+
+  def record():
     for entry in entries:
       timeline.record_event(model_dir, entry['event'])
-  _wait_for_all('palm_t5x_settled')
+
+  processes.decide(record)
   return entries
 
 
@@ -178,8 +178,6 @@ def say(event: Mapping[str, Any], most: int) -> str:
 
 def _newest_whole(model_dir: str, steps: list[int], latest: int, origin: int) -> int:
   """The newest whole checkpoint up to step `latest`, else the oldest, else `origin`."""
-  if jax.process_index():
-    return origin  # the first process says
   whole = None
   for step in reversed(steps):
     problem = checkpoints.damage(f'{model_dir}/checkpoint_{step}')
@@ -188,18 +186,6 @@ def _newest_whole(model_dir: str, steps: list[int], latest: int, origin: int) ->
       if step <= latest:
         break
   return origin if whole is None else whole
-
-
-def _agreed(value: int) -> int:
-  """The first process's value, in all of them."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _wait_for_all(name: str):
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _finite(value: float) -> float | None:
