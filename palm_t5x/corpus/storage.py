@@ -75,6 +75,34 @@ def read_bytes(path: str) -> bytes | None:
   return bytes(result.value) if result.state == 'value' else None
 
 
+def read_range(path: str, start: int, stop: int) -> bytes:
+  """Bytes start..stop-1 of a file.
+
+  Raises:
+    Failure: it is missing, too short, or cannot be read.
+  """
+  if start == stop:
+    return b''
+  try:
+    store, name = _open(path)
+    result = store.read(name, byte_range=slice(start, stop)).result()
+  except (ValueError, OSError, TypeError) as e:
+    raise errors.Failure(f'Cannot read {path}: {e}') from e
+  if result.state != 'value':
+    raise errors.Failure(f'Cannot read {path}: there is no such file.')
+  return bytes(result.value)
+
+
+def list_names(folder: str) -> list[str]:
+  """The names of the files in `folder` and its folders, relative to it, sorted."""
+  try:
+    store = ts.KvStore.open(kvstore_spec(folder)).result()
+    names = store.list().result()
+  except (ValueError, OSError) as e:
+    raise errors.Failure(f'Cannot list {folder}: {e}') from e
+  return sorted(name.decode() for name in names)
+
+
 def write_bytes(path: str, data: bytes) -> None:
   """Writes the file atomically, making its folders.
 
