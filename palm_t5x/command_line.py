@@ -34,6 +34,8 @@ class Flag(NamedTuple):
   binds: str | None = None
 
 
+_SHARDED = ('infer', 'cache', 'corpus', 'vocab')
+
 FLAGS = (
   Flag('gin_file', 'many', 'Gin file; repeat it, later ones win'),
   Flag('gin_bindings', 'many', "a line of Gin, as --gin_bindings='NAME = VALUE'"),
@@ -50,8 +52,9 @@ FLAGS = (
     ('train',),
     'skip_batches',
   ),
-  Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
-  Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
+  Flag('shard_id', int, 'which shard to do, from 0', _SHARDED, 'shard_id'),
+  Flag('num_shards', int, 'into how many shards it is split', _SHARDED, 'num_shards'),
+  Flag('report', bool, 'the facts about finished sub-corpora', ('corpus',), 'report'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
   Flag('search', bool, 'try ways to compile, rank them', ('precompile',), 'search'),
   Flag('coordinator_address', str, 'host:port of process 0, for several processes'),

@@ -201,14 +201,6 @@ def test_vocabulary_is_learned_from_a_pipeline_too(tmp_path):
   assert min(learned.encode('the words of a text')) > vocabulary.NEWLINE_ID
 
 
-def test_sample_follows_the_weights():
-  sample = prepare._sample('fixture_mixture', 20_000)
-  code = [text for text in sample if '>>>' in text or 'def ' in text]
-  size = lambda texts: sum(len(text.encode()) for text in texts)
-  assert size(sample) == pytest.approx(20_000, rel=0.01)
-  assert size(code) / size(sample) == pytest.approx(0.3, abs=0.03)
-
-
 def split_texts(split):
   return list(seqio.TaskRegistry.get('text_files').source.documents(split))
 

@@ -3,13 +3,27 @@
 Both are made once and kept under the cache directory; later runs open them.
 """
 
+import contextlib
 import difflib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import seqio
 
 from palm_t5x import errors
-from palm_t5x.corpus import codec, sampling, sources, storage, token_store
+from palm_t5x.corpus import (
+  codec,
+  documents,
+  jobs,
+  sources,
+  storage,
+  token_store,
+  vocabulary_sample,
+)
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 
 MIN_SAMPLE_BYTES = 4_000_000  # of text to learn a vocabulary from, or
@@ -213,7 +227,7 @@ def learn_vocabulary(
     cache_dir: where its file lies if its path is relative and it was given no
       cache_dir of its own.
     sample_bytes: how much text; by default 4 MB, or 1 kB per piece if that is more.
-    progress: called once as progress(label, 0, bytes) before learning begins.
+    progress: called as progress(label, done, total) as text is drawn and learned from.
 
   Returns:
     `vocabulary`, whose file now exists if it could be learned.
@@ -226,54 +240,115 @@ def learn_vocabulary(
   name = getattr(vocabulary, 'learn_from', None)
   if name is None or vocabulary.exists():
     return vocabulary
-  if not vocabulary.has_size:
-    raise errors.UserError(
-      f'To learn {vocabulary.path} from {name}, the vocabulary needs its vocab_size.'
-    )
-  size = vocabulary.vocab_size
-  budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
-  with token_store.only_builder(vocabulary.path):
-    if vocabulary.exists():
-      return vocabulary
-    texts = _sample(name, budget)
-    if not any(text.strip() for text in texts):
-      raise errors.UserError(
-        f"'{name}' has no text in its split 'train': there is nothing to learn a "
-        'vocabulary from. Check where it reads its files from.'
-      )
-    if progress:
-      total = sum(len(text.encode(errors='replace')) for text in texts)
-      progress(f'learning {size:,} pieces from {name}', 0, total)
-    vocabulary_lib.train(
-      texts, vocabulary.path, size, model_type=vocabulary.model_type, note=name
-    )
+  sample = vocabulary_sources(name)
+  if not learn(vocabulary, sample, name, sample_bytes, progress=progress):
+    raise AssertionError('one shard does the whole job')
   return vocabulary
 
 
-def _sample(name: str, budget: int) -> list[str]:
-  weighted = tasks_and_weights(name, 'train')
-  total = sum(weight for _, weight in weighted)
-  sample = []
-  for task, weight in weighted:
-    texts = [text for text in _texts(task) if text]
-    keys = sampling.round_keys('vocabulary sample', task.name)
-    left = budget * weight / total
-    for i in sampling.permute(np.arange(len(texts)), max(len(texts), 1), keys):
-      if left <= 0:
-        break
-      # A document longer than what is left is cut, so that none takes all of it.
-      sample.append(texts[i][: max(1, int(left))])
-      left -= len(sample[-1].encode(errors='replace'))
-  return sample
+def vocabulary_sources(name: str) -> list[vocabulary_sample.Source]:
+  """What a vocabulary can be learned from: the tasks of a mixture, by weight."""
+  return [
+    vocabulary_sample.Source(task.name, weight, _text_parts(task))
+    for task, weight in tasks_and_weights(name, 'train')
+  ]
 
 
-def _texts(task: seqio.Task) -> list[str]:
+def learn(
+  vocabulary: vocabulary_lib.SentencePieceVocabulary,
+  sample: list[vocabulary_sample.Source],
+  note: str,
+  sample_bytes: int | None = None,
+  *,
+  progress=None,
+  **how,
+) -> bool:
+  """Draws text and learns the vocabulary's missing file from it.
+
+  Args:
+    vocabulary: it must know its `vocab_size`.
+    sample: where to draw from.
+    note: what that is called, in the manifest and in messages.
+    sample_bytes: see `learn_vocabulary`.
+    progress: see `learn_vocabulary`.
+    **how: workers, shard_id and num_shards, as in `jobs.run`.
+
+  Returns:
+    whether it was learned; False where other shards have yet to draw their text.
+
+  Raises:
+    UserError: there is no text, or no `vocab_size`.
+  """
+  if not vocabulary.has_size:
+    raise errors.UserError(
+      f'To learn {vocabulary.path} from {note}, the vocabulary needs its vocab_size.'
+    )
+  size = vocabulary.vocab_size
+  budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
+  drawn = f'{vocabulary.path}.sample'
+  with (
+    token_store.only_builder(f'{vocabulary.path}.{how.get("shard_id", 0)}'),
+    _local_folder(drawn) as folder,
+  ):
+    if vocabulary.exists():
+      return True
+    job = jobs.Job(folder, {'sources': _facts(sample), 'sample_bytes': budget})
+    stage = vocabulary_sample.stage(sample, budget, folder)
+    if not jobs.run(job, [stage], progress=progress, **how):
+      return False
+    texts = vocabulary_sample.first(vocabulary_sample.texts(sample, budget, folder))
+    if texts is None:
+      raise errors.UserError(
+        f"'{note}' has no text in its split 'train': there is nothing to learn a "
+        'vocabulary from. Check where it reads its files from.'
+      )
+    if progress:
+      progress(f'learning {size:,} pieces from {note}', 0, 0)
+    vocabulary_lib.train(
+      texts,
+      vocabulary.path,
+      size,
+      model_type=vocabulary.model_type,
+      character_coverage=vocabulary.character_coverage,
+      note=note,
+    )
+  return True
+
+
+def _facts(sample: list[vocabulary_sample.Source]) -> list:
+  return [
+    [source.name, source.weight, [(part.name, part.num_bytes) for part in source.parts]]
+    for source in sample
+  ]
+
+
+@contextlib.contextmanager
+def _local_folder(path: str):
+  """A folder for the drawn text, kept after a failure so that drawing can go on."""
+  if storage.is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      yield folder
+    return
+  yield path
+  if not os.path.exists(path.removesuffix('.sample')):
+    return  # other shards are not done
+  shutil.rmtree(path, ignore_errors=True)
+
+
+def _text_parts(task: seqio.Task) -> list[documents.Part]:
+  """The training text of a task: its own parts, or all of it as one."""
+  parts = getattr(task.source, 'parts', None)
+  if sources.is_plain_text(task) and parts is not None and parts('train') is not None:
+    return parts('train')
+  return [documents.Part('all', functools.partial(_texts, task))]
+
+
+def _texts(task: seqio.Task) -> Iterator[str]:
   if sources.is_plain_text(task):
-    return list(task.source.documents('train'))
+    yield from task.source.documents('train')
+    return
   # Bytes as ids, so that a task's preprocessors run before there is a vocabulary.
   stand_in = seqio.ByteVocabulary()
-  return [
-    stand_in.decode(np.append(example.get(key, []), 1).astype(int).tolist())
-    for example in _documents(task, 'train', stand_in)
-    for key in ('inputs', 'targets')
-  ]
+  for example in _documents(task, 'train', stand_in):
+    for key in ('inputs', 'targets'):
+      yield stand_in.decode(np.append(example.get(key, []), 1).astype(int).tolist())

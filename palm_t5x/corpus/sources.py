@@ -32,6 +32,8 @@ class DocumentSource(seqio.DataSource):
     identity: a function that returns a short name of *which* text this is, where one
       task serves many, such as a hash of the user's globs. A learned vocabulary's file
       is named after it. None: the task's name says it all.
+    parts: split -> the same documents as a list of `documents.Part`, for workers that
+      share them. None: `documents` is all there is.
   """
 
   def __init__(
@@ -40,10 +42,12 @@ class DocumentSource(seqio.DataSource):
     splits=('train', 'validation'),
     fingerprint=None,
     identity=None,
+    parts=None,
   ):
     self._documents = documents
     self._fingerprint = fingerprint
     self._identity = identity
+    self._parts = parts
     super().__init__(splits=splits, caching_permitted=True)
 
   @property
@@ -54,6 +58,10 @@ class DocumentSource(seqio.DataSource):
   def fingerprint(self, split: str) -> str:
     """A short string that changes when the text of the split does; '' if it cannot."""
     return self._fingerprint(split) if self._fingerprint else ''
+
+  def parts(self, split: str):
+    """The documents of a split as a list of `documents.Part`; None if they are one."""
+    return self._parts(split) if self._parts else None
 
   def documents(self, split: str):
     """Iterates over the documents of a split, in an order that does not change."""
