@@ -50,8 +50,8 @@ def corpus(
       '--data_dir=raw/books; or --report, for those that are finished.'
     )
   output = processed.folder(definition.name)
-  parts = definition.parts(places.data_dir())
-  settings = sub_corpus.settings(definition, parts)
+  shares = definition.shares(places.data_dir())
+  settings = sub_corpus.settings(definition, shares)
   if _is_finished(output, settings):
     _say(processed.read_manifest(output), output)
     return
@@ -60,7 +60,7 @@ def corpus(
   os.makedirs(places.corpus_dir(), exist_ok=True)
   with only_builder(f'{output}.{shard_id}'):
     job = jobs.Job(output + '.work', settings)
-    stages = sub_corpus.stages(definition, parts, job.folder, output)
+    stages = sub_corpus.stages(definition, shares, job.folder, output)
     workers = workers or os.cpu_count() or 1
     if runner is not None:
       runner(job, stages)
@@ -77,7 +77,7 @@ def corpus(
         'run them, then this command again.'
       )
       return
-    manifest = sub_corpus.finish(definition, job, parts, output, settings)
+    manifest = sub_corpus.finish(definition, job, shares, output)
     if num_shards == 1 or not jobs.others_alive(job, shard_id, num_shards):
       shutil.rmtree(job.folder, ignore_errors=True)
   _say(manifest, output)

@@ -53,19 +53,6 @@ class Dropped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
-  """What a reader yields for a record that cannot be read.
-
-  Attributes:
-    place: where it is: 'folder/file.jsonl:17'.
-    reason: what is wrong with it, in a few words.
-  """
-
-  place: str
-  reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
   """A share of a corpus that one worker reads from beginning to end.
 

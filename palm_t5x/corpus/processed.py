@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palm_t5x import errors, places
@@ -26,15 +26,22 @@ class Manifest:
     name: of the sub-corpus.
     settings: what it was made with (`sub_corpus.settings`).
     splits: split -> {documents, bytes, files: [{name, checksum, documents, bytes}]}.
-    counts: records read, kept, broken, duplicates and near-duplicates left out.
+    counts: records read, kept by the steps, broken and ignored; exact and
+      near-duplicates left out.
+    broken: reason -> number of records that could not be read or are no documents.
+    broken_places: of the first few.
     dropped: reason -> {documents, bytes, examples}.
+    near_duplicate_examples: pairs (dropped, kept).
   """
 
   name: str
   settings: Mapping[str, Any]
   splits: Mapping[str, Any]
   counts: Mapping[str, int]
+  broken: Mapping[str, int]
+  broken_places: Sequence[str]
   dropped: Mapping[str, Any]
+  near_duplicate_examples: Sequence[Sequence[str]] = ()
   format: int = FORMAT
 
 
@@ -47,26 +54,36 @@ def read_manifest(path: str) -> Manifest | None:
   """The manifest of the sub-corpus in the folder `path`, or None if it is not whole.
 
   Raises:
-    Failure: it cannot be understood.
+    Failure: it cannot be understood, or was edited.
   """
   data = storage.read_bytes(os.path.join(path, 'manifest.json'))
   if data is None:
     return None
   try:
-    manifest = Manifest(**json.loads(data))
-    if manifest.format != FORMAT:
-      raise ValueError(f'its format is {manifest.format}, this version reads {FORMAT}')
-    return manifest
-  except (ValueError, TypeError) as e:
+    values = json.loads(data)
+    checksum = values.pop('checksum')
+    if values['format'] != FORMAT:
+      raise ValueError(f'its format is {values["format"]}, this version reads {FORMAT}')
+    if checksum != _checksum(values):
+      raise ValueError('it was changed after it was written')
+    return Manifest(**values)
+  except (ValueError, TypeError, KeyError, AttributeError) as e:
     raise errors.Failure(
-      f'The manifest.json of the sub-corpus in {path} cannot be understood ({e}): '
-      'delete that folder and run t5x corpus again.'
+      f'The manifest.json of the sub-corpus in {path} cannot be trusted ({e}): delete '
+      'that folder and run t5x corpus again.'
     ) from e
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+  text = json.dumps(values, sort_keys=True, separators=(',', ':'))
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def write_manifest(path: str, manifest: Manifest) -> None:
   """Makes a folder of documents a whole sub-corpus."""
-  text = json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True) + '\n'
+  values = json.loads(json.dumps(dataclasses.asdict(manifest)))
+  values['checksum'] = _checksum(values)
+  text = json.dumps(values, indent=1, sort_keys=True) + '\n'
   storage.write_bytes(os.path.join(path, 'manifest.json'), text.encode())
 
 

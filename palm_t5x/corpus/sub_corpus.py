@@ -16,16 +16,23 @@ and then manifest.json is written, which is what makes it a sub-corpus.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from palm_t5x import errors
-from palm_t5x.corpus import documents, exact_duplicates, facts, jobs, near_duplicates
+from palm_t5x.corpus import (
+  corpus_report,
+  documents,
+  exact_duplicates,
+  facts,
+  jobs,
+  near_duplicates,
+  processed,
+  records,
+)
 
-_SHARE_BYTES = 64 << 20  # of raw files that one unit reads
 _EXAMPLES = 3  # of dropped documents that are kept for each reason and share
 _EXCERPT = 300  # characters of them
 SPLITS = ('train', 'validation')
@@ -57,7 +64,8 @@ class SubCorpus:
     streams: its kinds of raw files.
     near_duplicates: a `near_duplicates.Options`, or None to keep near-duplicates.
     validation_share: of documents held out at random, by a hash of their text.
-    max_broken: broken records that are tolerated, as a share of all records.
+    max_broken, max_broken_share: so many broken records of a share of the raw files
+      are passed over, or so large a part of what was read of it, if that is more.
     salt: of the random split; another salt is another draw.
   """
 
@@ -65,68 +73,43 @@ class SubCorpus:
   streams: Sequence[Stream]
   near_duplicates: Any = None
   validation_share: float = 0.001
-  max_broken: float = 0.01
+  max_broken: int = 100
+  max_broken_share: float = 0.01
   salt: str = 'split'
 
-  def parts(self, data_dir: str) -> list[documents.Part]:
-    """The raw files, in shares of about 64 MB that one worker reads each.
+  def shares(self, data_dir: str) -> list['Share']:
+    """The raw files, in shares that one worker reads each.
 
     Raises:
       UserError: a folder is missing or has nothing to read.
     """
-    shares = []
+    found = []
     for number, stream in enumerate(self.streams):
       folder = os.path.join(data_dir, stream.folder)
       if stream.optional and not os.path.isdir(folder):
         continue
       prefix = f'{stream.folder}/' if len(self.streams) > 1 else ''
-      for i, group in enumerate(_grouped(stream.reader.parts(folder))):
-        read = functools.partial(_refined, group, tuple(stream.steps), prefix)
-        size = sum(part.num_bytes for part in group)
-        shares.append(documents.Part(f'{number}-{i:05d}', read, size))
-    if not shares:
+      found += [
+        Share(f'{number}-{i:05d}', part, tuple(stream.steps), prefix)
+        for i, part in enumerate(stream.reader.parts(folder))
+      ]
+    if not found:
       folders = ', '.join(stream.folder or '.' for stream in self.streams)
       raise errors.UserError(
         f'There is nothing to make {self.name} from in {data_dir}: it has none of the '
         f'folders {folders}.'
       )
-    return shares
-
-
-def _grouped(parts) -> Iterator[tuple]:
-  """Neighbouring small parts together, so that a million small files are few units."""
-  group, size = [], 0
-  for part in parts:
-    if group and size + part.num_bytes > _SHARE_BYTES:
-      yield tuple(group)
-      group, size = [], 0
-    group.append(part)
-    size += part.num_bytes
-  if group:
-    yield tuple(group)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refined:
-  """A record and what became of it."""
+class Share:
+  """A part of the raw files, and what is done to its documents."""
 
-  id: str
-  num_bytes: int
-  excerpt: str
-  outcomes: list
-
-
-def _refined(parts, steps, prefix: str):
-  """A `_Refined`, or a `Broken`, for every record of some parts."""
-  for document in itertools.chain.from_iterable(part.read() for part in parts):
-    if isinstance(document, documents.Broken):
-      yield document
-      continue
-    document.id = prefix + document.id
-    text = document.text = documents.clean(document.text)
-    yield _Refined(
-      document.id, len(text.encode()), text[:_EXCERPT], _through(document, steps)
-    )
+  name: str
+  part: documents.Part
+  steps: tuple
+  prefix: str  # of the documents' ids
 
 
 def _through(document, steps) -> list:
@@ -140,118 +123,109 @@ def _through(document, steps) -> list:
   return [last for one in kept for last in _through(one, steps[1:])]
 
 
-def stages(corpus: SubCorpus, parts, work: str, output: str) -> list[jobs.Stage]:
-  """The stages that make `corpus` from `parts` (of `SubCorpus.parts`).
+def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage]:
+  """The stages that make `corpus` from its `shares`.
 
   Args:
     corpus: what to make.
-    parts: its raw files.
+    shares: of `SubCorpus.shares`.
     work: a folder for what is only needed on the way.
     output: the folder of the finished files.
   """
-  names = [part.name for part in parts]
+  names, every = [share.name for share in shares], range(len(shares))
 
-  def kept(part: int) -> str:
-    return os.path.join(work, 'kept', f'{names[part]}.jsonl.zst')
+  def path(kind: str, ending: str, i: int) -> str:
+    return os.path.join(work, kind, names[i] + ending)
 
-  def hashes(part: int) -> str:
-    return os.path.join(work, 'hashes', f'{names[part]}.npy')
+  kept = functools.partial(path, 'kept', '.jsonl.zst')
+  hashes = functools.partial(path, 'hashes', '.npy')
+  unique = functools.partial(path, 'unique', '.jsonl.zst')
+  places, near = os.path.join(work, 'places'), os.path.join(work, 'near')
 
-  def read_units(job):
+  def read(job):
+    del job
     return [
-      jobs.Unit(part.name, _read, (part, kept(i), hashes(i)), part.num_bytes)
-      for i, part in enumerate(parts)
+      jobs.Unit(names[i], _read, (share, corpus, kept(i), hashes(i)), _size(share))
+      for i, share in enumerate(shares)
     ]
 
   def num_kept(job) -> int:
-    done = job.facts('read')
-    _check_broken(corpus, done.values())
-    return sum(facts['kept'] for facts in done.values())
+    return sum(facts['kept'] for facts in job.facts('read').values())
 
-  every = range(len(parts))
-  duplicates = os.path.join(work, 'places')
-  chain = [
-    jobs.Stage('read', read_units, f'reading {corpus.name}'),
-    exact_duplicates.stage(
-      duplicates, lambda job: [hashes(i) for i in every], num_kept
-    ),
-  ]
-  drops = functools.partial(exact_duplicates.dropped_of, duplicates)
-  source, near = kept, None
-  if corpus.near_duplicates is not None:
-    unique = [os.path.join(work, 'unique', f'{name}.jsonl.zst') for name in names]
-    near = os.path.join(work, 'near')
-
-    def unique_units(job):
-      return [
-        jobs.Unit(names[i], _unique, (kept(i), i, drops, unique[i])) for i in every
-      ]
-
-    chain.append(jobs.Stage('unique', unique_units, 'leaving out duplicates'))
-    chain += near_duplicates.stages(unique, near, corpus.near_duplicates)
-    source = unique.__getitem__
-    drops = None
-
-  def write_units(job):
+  def unique_units(job):
+    del job
     return [
-      jobs.Unit(
-        names[i], _write, (source(i), i, drops, near, output, len(parts), corpus)
-      )
+      jobs.Unit(names[i], _unique, (kept(i), places, i, unique(i))) for i in every
+    ]
+
+  def write(job):
+    del job
+    # Near-duplicates were looked for among the files without exact ones.
+    how = (
+      (kept, places, None) if corpus.near_duplicates is None else (unique, None, near)
+    )
+    return [
+      jobs.Unit(names[i], _write, (how[0](i), i, *how[1:], output, len(shares), corpus))
       for i in every
     ]
 
-  return [*chain, jobs.Stage('write', write_units, f'writing {corpus.name}')]
+  chain = [
+    jobs.Stage('read', read, f'reading {corpus.name}'),
+    exact_duplicates.stage(places, lambda job: [hashes(i) for i in every], num_kept),
+  ]
+  if corpus.near_duplicates is not None:
+    chain.append(jobs.Stage('unique', unique_units, 'leaving out duplicates'))
+    files = [unique(i) for i in every]
+    chain += near_duplicates.stages(files, near, corpus.near_duplicates)
+  return [*chain, jobs.Stage('write', write, f'writing {corpus.name}')]
 
 
-def _check_broken(corpus: SubCorpus, done) -> None:
-  broken = sum(facts['broken'] for facts in done)
-  records = broken + sum(facts['read'] for facts in done)
-  if broken > corpus.max_broken * records:
-    raise errors.Failure(
-      f'{broken:,} of {records:,} records of {corpus.name} are broken, more than '
-      f'SubCorpus.max_broken = {corpus.max_broken:g} allows: mend the files named '
-      'above, or raise it.'
-    )
+def _size(share: Share) -> int:
+  return max(share.part.num_bytes, 1)
 
 
-def _read(part, kept: str, hashes: str) -> dict[str, Any]:
+def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, Any]:
   """Unit of 'read'."""
-  counts = {'read': 0, 'read_bytes': 0, 'kept': 0, 'kept_bytes': 0, 'broken': 0}
+  counts, hash_file, kept_bytes = records.Counts(), exact_duplicates.HashFile(), 0
   dropped: dict[str, dict[str, Any]] = {}
-  places, hash_file = [], exact_duplicates.HashFile()
+  source = records.tolerant(
+    share.part.read(),
+    counts,
+    max_broken=corpus.max_broken,
+    max_broken_share=corpus.max_broken_share,
+  )
   with documents.Writer(kept) as writer:
-    for record in part.read():
-      if isinstance(record, documents.Broken):
-        counts['broken'] += 1
-        if len(places) < 2 * _EXAMPLES:
-          places.append(f'{record.place}: {record.reason}')
-        continue
-      counts['read'] += 1
-      counts['read_bytes'] += record.num_bytes
-      for outcome in record.outcomes:
+    for document in source:
+      document.id = share.prefix + document.id
+      text = document.text = documents.clean(document.text)
+      for outcome in _through(document, share.steps):
         if isinstance(outcome, documents.Dropped):
-          _count_dropped(dropped, outcome.reason, record)
+          _count_dropped(dropped, outcome.reason, document.id, text)
           continue
         outcome.text = documents.clean(outcome.text)
         hash_file.add(outcome.hash())
         writer.add(outcome)
-        counts['kept'] += 1
-        counts['kept_bytes'] += len(outcome.text.encode())
+        kept_bytes += len(outcome.text.encode())
   hash_file.write(hashes)
-  return {**counts, 'dropped': dropped, 'broken_places': places}
+  return {
+    'counts': counts.facts(),
+    'kept': writer.num_documents,
+    'kept_bytes': kept_bytes,
+    'dropped': dropped,
+  }
 
 
-def _count_dropped(dropped, reason: str, record: _Refined) -> None:
+def _count_dropped(dropped, reason: str, name: str, text: str) -> None:
   entry = dropped.setdefault(reason, {'documents': 0, 'bytes': 0, 'examples': []})
   entry['documents'] += 1
-  entry['bytes'] += record.num_bytes
+  entry['bytes'] += len(text.encode())
   if len(entry['examples']) < _EXAMPLES:
-    entry['examples'].append({'id': record.id, 'text': record.excerpt})
+    entry['examples'].append({'id': name, 'text': text[:_EXCERPT]})
 
 
-def _unique(source: str, part: int, drops, target: str) -> dict[str, int]:
+def _unique(source: str, places: str, part: int, target: str) -> dict[str, int]:
   """Unit of 'unique': the documents of a share without the exact duplicates."""
-  gone = drops(part)
+  gone = exact_duplicates.dropped_of(places, part)
   with documents.Writer(target) as writer:
     for ordinal, document in enumerate(documents.read(source)):
       if ordinal not in gone:
@@ -259,9 +233,9 @@ def _unique(source: str, part: int, drops, target: str) -> dict[str, int]:
   return {'documents': writer.num_documents}
 
 
-def _write(source, part, drops, near, output, num_parts, corpus) -> dict[str, Any]:
-  """Unit of 'write'."""
-  gone = drops(part) if drops else set()
+def _write(source, part, places, near, output, num_parts, corpus) -> dict[str, Any]:
+  """Unit of 'write'; `places` or `near` is None where it has been applied already."""
+  gone = exact_duplicates.dropped_of(places, part) if places else set()
   near_gone = near_duplicates.dropped(near, part) if near else {}
   tally, near_examples = facts.Tally(), []
   files = {
@@ -291,60 +265,63 @@ def _write(source, part, drops, near, output, num_parts, corpus) -> dict[str, An
       split: {**counts[split], 'name': files[split], 'checksum': writer.checksum}
       for split, writer in writers.items()
     },
-    'duplicates': len(gone),
     'near_duplicates': len(near_gone),
     'near_duplicate_examples': near_examples,
     'tally': tally.to_json(),
   }
 
 
-def settings(corpus: SubCorpus, parts) -> dict[str, Any]:
+def settings(corpus: SubCorpus, shares: Sequence[Share]) -> dict[str, Any]:
   """What the outcome depends on, for `jobs.Job` and the manifest."""
-  inputs = json.dumps([(part.name, part.num_bytes) for part in parts]).encode()
+  inputs = json.dumps([(s.name, s.part.name, s.part.num_bytes) for s in shares])
+  near = corpus.near_duplicates
   return {
     'name': corpus.name,
     'streams': [repr(stream) for stream in corpus.streams],
-    'near_duplicates': repr(corpus.near_duplicates),
+    'near_duplicates': None if near is None else near.settings(),
     'validation_share': corpus.validation_share,
-    'max_broken': corpus.max_broken,
     'salt': corpus.salt,
-    'inputs': hashlib.blake2b(inputs, digest_size=8).hexdigest(),
+    'inputs': hashlib.blake2b(inputs.encode(), digest_size=8).hexdigest(),
   }
 
 
-def finish(corpus: SubCorpus, job: jobs.Job, parts, output: str, settings):
-  """Writes the facts, the report and, last, the manifest of a sub-corpus.
-
-  Returns:
-    the `processed.Manifest`.
-  """
-  counts = dict.fromkeys(
-    ('read', 'read_bytes', 'kept', 'kept_bytes', 'broken', 'duplicates'), 0
-  )
+def finish(
+  corpus: SubCorpus, job: jobs.Job, shares: Sequence[Share], output: str
+) -> processed.Manifest:
+  """Writes the facts, the report and, last, the manifest of a sub-corpus."""
+  read = [job.facts_of('read', share.name) for share in shares]
+  written = [job.facts_of('write', share.name) for share in shares]
+  counts, tally = records.Counts(), facts.Tally()
   dropped: dict[str, Any] = {}
-  # In the order of the parts, so that it does not matter who did which.
-  for part in parts:
-    done = job.facts_of('read', part.name)
-    for key in counts:
-      counts[key] += done.get(key, 0)
-    for reason, entry in done['dropped'].items():
+  # In the order of the shares, so that it does not matter who did which.
+  for unit in read:
+    counts.merge(records.Counts(**unit['counts']))
+    for reason, entry in unit['dropped'].items():
       total = dropped.setdefault(reason, {'documents': 0, 'bytes': 0, 'examples': []})
       total['documents'] += entry['documents']
       total['bytes'] += entry['bytes']
       total['examples'] = (total['examples'] + entry['examples'])[:_EXAMPLES]
-  written = [job.facts_of('write', part.name) for part in parts]
-  found = job.facts('duplicates').values()
-  counts['duplicates'] = sum(facts['duplicates'] for facts in found)
-  counts['near_duplicates'] = sum(facts['near_duplicates'] for facts in written)
-  tally = facts.Tally()
   for unit in written:
     tally.merge(facts.Tally.from_json(unit['tally']))
   manifest = processed.Manifest(
     name=corpus.name,
-    settings=settings,
+    settings=settings(corpus, shares),
     splits={split: _split(written, split) for split in SPLITS},
-    counts=counts,
+    counts={
+      'read': counts.documents,
+      'read_bytes': counts.text_bytes,
+      'broken': sum(counts.broken.values()),
+      'ignored': sum(counts.ignored.values()),
+      'kept': sum(unit['kept'] for unit in read),
+      'duplicates': sum(f['duplicates'] for f in job.facts('duplicates').values()),
+      'near_duplicates': sum(unit['near_duplicates'] for unit in written),
+    },
+    broken={**counts.broken, **counts.ignored},
+    broken_places=counts.places,
     dropped=dropped,
+    near_duplicate_examples=[
+      pair for unit in written for pair in unit['near_duplicate_examples']
+    ][:_EXAMPLES],
   )
   corpus_report.write(output, manifest, tally)
   processed.write_manifest(output, manifest)
