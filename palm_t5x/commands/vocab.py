@@ -1,5 +1,6 @@
 """`t5x vocab`: learns a lossless SentencePiece vocabulary from a sample of text."""
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,12 +83,24 @@ def _sources(sources: Any) -> list[vocabulary_sample.Source]:
   weights = sources if isinstance(sources, Mapping) else dict.fromkeys(sources)
   found = []
   for path, weight in weights.items():
-    if not os.path.exists(path) and '/' not in path and '.' not in path:
-      prepare.mixture_or_task(path)  # says which names are near
-    parts = readers.Files().parts(path)
+    if not os.path.exists(os.path.expanduser(path)):
+      raise UserError(
+        f'SOURCES names {path!r}, which is neither a file or folder (seen from '
+        f'{os.getcwd()}) nor a task or mixture of `t5x tasks`.'
+      )
+    parts = _parts(path)
     size = sum(part.num_bytes for part in parts)
     found.append(vocabulary_sample.Source(path, weight or size, parts))
   return found
+
+
+def _parts(path: str) -> list:
+  """The documents of a folder or of one file."""
+  path = os.path.abspath(os.path.expanduser(path))
+  if os.path.isfile(path):
+    folder, name = os.path.split(path)
+    return readers.Files(pattern=glob.escape(name)).parts(folder)
+  return readers.Files().parts(path)
 
 
 def _say(vocabulary: vocabulary_lib.SentencePieceVocabulary) -> None:
