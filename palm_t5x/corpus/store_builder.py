@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,9 +22,7 @@ from palm_t5x.corpus import codec, jobs, storage, store_runs, token_store
 from palm_t5x.corpus.documents import Part
 from palm_t5x.corpus.token_store import Layout, Manifest
 
-logger = logging.getLogger(__name__)
-
-_LONG = 100_000_000  # tokens: a store that is put together in less is not worth a line
+_LONG = 400_000_000  # bytes of ids: putting fewer together is not worth a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +132,7 @@ def build(
         done = runner(job, stages)
       else:
         shard = {'shard_id': shard_id, 'num_shards': num_shards, 'finished': whole}
-        report = _report(progress, job)
+        report = progress and functools.partial(_report, progress)
         done = jobs.run(job, stages, workers=workers, progress=report, **shard)
     except errors.UserError:
       job.delete()  # so that it is read again when there is something to read
@@ -200,16 +197,10 @@ def _job(build: _Build, documents, num_shards: int) -> jobs.Job:
     return jobs.Job(build.work, settings)
 
 
-def _report(progress, job):
+def _report(progress, label: str, done: int, total: int) -> None:
   """Says nothing of stages that last a moment."""
-  if progress is None:
-    return None
-
-  def report(label: str, done: int, total: int):
-    if label and (label[0] != 'w' or total > _LONG * 4):
-      progress(label, done, total)
-
-  return report
+  if label.startswith('tokenising ') or total > _LONG:
+    progress(label, done, total)
 
 
 def _stages(build, documents, vocabulary, job, workers, runner, progress):

@@ -128,15 +128,16 @@ class _Runs:
     self._ids, self._hashes, self._lengths, self._inputs = [], [], [], []
     self._pending = 0
 
-  def add(self, ids: list[np.ndarray], hashes: list[bytes], inputs: list[int]):
-    """Documents of at least one token each."""
-    self._ids.append(np.concatenate(ids).astype(np.uint32))
+  def add(self, rows: list[list[np.ndarray]], hashes: list[bytes], inputs: list[int]):
+    """Documents: each one's ids in pieces, its hash, how many ids are inputs."""
+    ids = np.concatenate([piece for row in rows for piece in row]).astype(np.uint32)
+    self._ids.append(ids)
     self._hashes += hashes
-    self._lengths += map(len, ids)
+    self._lengths += [sum(map(len, row)) for row in rows]
     self._inputs += inputs
-    self._tally.documents += len(ids)
-    self._tally.tokens += len(self._ids[-1])
-    self._pending += self._ids[-1].nbytes + RECORD.itemsize * len(ids)
+    self._tally.documents += len(rows)
+    self._tally.tokens += len(ids)
+    self._pending += ids.nbytes + RECORD.itemsize * len(rows)
     if self._pending >= self._run_bytes:
       self.flush()
 
@@ -228,6 +229,8 @@ def _batches(stream: Iterable[Any], tally: _Tally) -> Iterator[list[tuple[Any, b
       kind = 'inputs' if 'inputs' in document else 'targets'
       data, count = _hashed(document), int(document['bytes'])
     tally.kinds.add(kind)
+    if len(tally.kinds) > 1:
+      return  # refused by whoever adds up the tallies
     tally.bytes += count
     batch.append((document, data))
     size += len(data)
@@ -253,25 +256,23 @@ def _hashed(example: dict[str, Any]) -> bytes:
 
 
 def _encode(vocabulary, eos_id: int, batch: list[tuple[Any, bytes]]):
-  """(ids with the end, hash, number of inputs) of each document, as three lists."""
+  """(ids in pieces, hash, number of inputs) of each document, as three lists."""
   found = [hashlib.blake2b(data, digest_size=16).digest() for _, data in batch]
-  rows: list[np.ndarray | None] = [None] * len(batch)
-  inputs = [0] * len(batch)
-  texts = [(i, text) for i, (text, _) in enumerate(batch) if isinstance(text, str)]
-  encoded = codec.encode_batch(vocabulary, [text for _, text in texts]) if texts else []
-  for (i, _), ids in zip(texts, encoded, strict=True):
-    rows[i] = np.append(ids, eos_id)
-  for i, (example, _) in enumerate(batch):
-    if rows[i] is None:
-      rows[i], inputs[i] = _ended(example, eos_id)
-  return rows, found, inputs
+  end = np.array([eos_id], np.int32)
+  if isinstance(batch[0][0], str):
+    encoded = codec.encode_batch(vocabulary, [text for text, _ in batch])
+    return [[ids, end] for ids in encoded], found, [0] * len(batch)
+  rows = [_ended(example, end) for example, _ in batch]
+  return rows, found, [len(row[0]) for row in rows]
 
 
-def _ended(example: dict[str, Any], eos_id: int) -> tuple[np.ndarray, int]:
-  """An example's ids, ended unless its task has ended them, and how many are inputs."""
-  inputs, targets = list(example.get('inputs', ())), np.asarray(example['targets'])
-  end = [] if len(targets) and targets[-1] == eos_id else [eos_id]
-  return np.concatenate([inputs, targets, end]).astype(np.int64), len(inputs)
+def _ended(example: dict[str, Any], end: np.ndarray) -> list[np.ndarray]:
+  """An example's inputs and targets, and the end unless its task has set one."""
+  inputs, targets = (
+    np.asarray(example.get(key, ()), np.int64) for key in ('inputs', 'targets')
+  )
+  ended = len(targets) and targets[-1] == end[0]
+  return [inputs, targets] if ended else [inputs, targets, end]
 
 
 @dataclasses.dataclass
