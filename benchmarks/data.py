@@ -21,7 +21,7 @@ import palm_t5x.mixtures.pretrain  # noqa: F401  (registers the tasks)
 import seqio
 import tensorflow as tf
 
-from palm_t5x.corpus import prepare, token_store
+from palm_t5x.corpus import prepare, store_builder, token_store
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import MixtureReader
 
@@ -101,7 +101,7 @@ def main():
     prepare.learn_vocabulary(vocabulary, folder)
     theirs = seqio.SentencePieceVocabulary(vocabulary.path)  # the same pieces, tf-text
     path = os.path.join(folder, 'store')
-    token_store.build(path, texts, vocabulary, task=TASK, split='train')
+    store_builder.build(path, texts, vocabulary, task=TASK, split='train')
     store = token_store.TokenStore(path)
     reader = MixtureReader([(TASK, store, 1.0)], options.length)
     first = itertools.count(step=64)

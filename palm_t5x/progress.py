@@ -33,14 +33,15 @@ class PrepareProgress:
     self._label, self._spoke = '', 0.0
 
   def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
-    """`done` of `total` units (bytes) of the work called `label` are done."""
+    """`done` of `total` bytes of the work called `label` are done; 0: of unknown."""
     now = self._clock()
     if label != self._label:
       self._label, self._spoke = label, now
       print(f'{label} ...', file=self._stream, flush=True)
-    elif total and now - self._spoke > self._SECONDS:
+    elif done and now - self._spoke > self._SECONDS:
       self._spoke = now
-      print(f'{label}: {100 * done / total:.0f}%', file=self._stream, flush=True)
+      share = f'{100 * done / total:.0f}%' if total else f'{done / 1e6:,.0f} MB'
+      print(f'{label}: {share}', file=self._stream, flush=True)
 
 
 def _utilisation(mfu, without_attention, hfu) -> str | None:

@@ -4,16 +4,16 @@ import time
 
 import numpy as np
 import pytest
-from test_token_store import Bytes
+from toy_stores import Bytes
 
 from palm_t5x import errors
-from palm_t5x.corpus import reader, sampling, token_store
+from palm_t5x.corpus import reader, sampling, store_builder, token_store
 
 T = 8
 
 
 def make(path, name, texts):
-  token_store.build(str(path / name), texts, Bytes(), task=name, split='train')
+  store_builder.build(str(path / name), texts, Bytes(), task=name, split='train')
   return token_store.TokenStore(str(path / name))
 
 

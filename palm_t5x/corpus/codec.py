@@ -65,8 +65,11 @@ class Codec:
     """
     texts = list(texts)
     plain = [text for text in texts if SPACE_MARK not in text]
+    # As NumPy arrays: lists of Python's integers take as long to make as the encoding.
     encoded = iter(
-      self._processor.encode(plain, num_threads=num_threads or -1) if plain else ()
+      self._processor.encode(plain, num_threads=num_threads or -1, return_type='numpy')
+      if plain
+      else ()
     )
     return [
       np.array(self.encode(text) if SPACE_MARK in text else next(encoded), np.int32)

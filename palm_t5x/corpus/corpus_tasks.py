@@ -14,7 +14,6 @@ def add_corpus_task(name: str) -> seqio.Task:
   machine that has the token stores can do without it.
   """
   source = sources.DocumentSource(
-    functools.partial(processed.texts, name),
     splits=('train', 'validation'),
     fingerprint=functools.partial(processed.fingerprint, name),
     parts=functools.partial(processed.parts, name),

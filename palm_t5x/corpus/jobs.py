@@ -17,6 +17,8 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0  # between two signs of life of a shard
 _ALIVE_SECONDS = 30.0  # how old the last one may be
+_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Unit:
   args: tuple = ()
   size: int = 1
 
+  def __post_init__(self):
+    if not _NAME.fullmatch(self.name):
+      raise ValueError(f'{self.name!r} cannot name a unit: it names a file')
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -57,11 +64,14 @@ class Stage:
     units: the job -> its units; called when all stages before it are done, so that it
       may read their facts.
     label: what progress calls it, such as 'tokenising books'.
+    local: whether its units stay in the process that started the job, as what they
+      read does not pickle. Only for the first stages.
   """
 
   name: str
   units: Callable[['Job'], Sequence[Unit]]
   label: str = ''
+  local: bool = False
 
 
 class Job:
@@ -83,6 +93,11 @@ class Job:
   def _check(self, settings: dict[str, Any]):
     path = storage.join(self.folder, 'settings.json')
     found = storage.read_bytes(path)
+    if found is None and storage.exists(self.folder):
+      # Killed while it was being deleted, unless another shard just began it.
+      found = storage.read_bytes(path)
+      if found is None:
+        storage.delete_folder(self.folder)
     if found is None:
       text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
       storage.write_bytes(path, text.encode())
@@ -122,7 +137,10 @@ class Job:
 
   def facts(self, stage: str) -> dict[str, Any]:
     """Unit name -> facts, of all units that are done, sorted by name."""
-    return {name: self.facts_of(stage, name) for name in sorted(self.done(stage))}
+    names = sorted(self.done(stage))
+    ranges = [(f'{name}.json', 0, None) for name in names]
+    data = storage.read_ranges(self.path(stage), ranges)
+    return {name: json.loads(text) for name, text in zip(names, data, strict=True)}
 
   def perform(self, stage: str, unit: Unit) -> Any:
     """Does a unit and records that it is done; returns its facts."""
@@ -131,15 +149,60 @@ class Job:
     storage.write_bytes(self.path(stage, f'{unit.name}.json'), text.encode())
     return facts
 
+  def delete(self) -> None:
+    """Deletes the folder; its settings first, without which nothing in it counts."""
+    storage.delete_file(self.path('settings.json'))
+    storage.delete_folder(self.folder)
+
+
+class Pool:
+  """Worker processes, started when they are first needed; a context manager.
+
+  For several jobs one after the other: starting a process takes a second.
+
+  Args:
+    workers: how many there may be at a time.
+  """
+
+  def __init__(self, workers: int):
+    self.workers = max(1, workers)
+    self._executor = None
+
+  def __enter__(self) -> 'Pool':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._executor is not None:
+      self._executor.shutdown(wait=True, cancel_futures=True)
+      self._executor = None
+
+  def submit(self, function, *args) -> concurrent.futures.Future:
+    """As concurrent.futures.Executor.submit."""
+    if self._executor is None:
+      # Not forked: TensorFlow's and JAX's threads do not survive a fork.
+      self._executor = concurrent.futures.ProcessPoolExecutor(
+        self.workers,
+        mp_context=multiprocessing.get_context('spawn'),
+        initializer=_die_with_parent,
+        initargs=(os.getpid(),),
+      )
+    return self._executor.submit(function, *args)
+
+
+def is_parallel(workers: int | Pool) -> bool:
+  """Whether units are done in other processes than this one."""
+  return (workers.workers if isinstance(workers, Pool) else workers) > 1
+
 
 def run(
   job: Job,
   stages: Sequence[Stage],
   *,
-  workers: int = 1,
+  workers: int | Pool = 1,
   shard_id: int = 0,
   num_shards: int = 1,
   progress: Callable[[str, int, int], None] | None = None,
+  finished: Callable[[], bool] | None = None,
 ) -> bool:
   """Does what is left of a job, or this shard's part of it.
 
@@ -150,9 +213,11 @@ def run(
   Args:
     job: its folder is shared by all shards.
     stages: in their order.
-    workers: processes of this machine that do units side by side; 1: this process.
+    workers: processes of this machine that do units side by side, or a pool of them;
+      1: this process.
     shard_id, num_shards: which part of the job is this process's.
     progress: called as progress(label, done, total), in units' sizes.
+    finished: whether what the job makes is whole, so that its folder may be gone.
 
   Returns:
     whether the whole job is done. False: other shards have yet to run, and do not now.
@@ -166,45 +231,56 @@ def run(
       f'--shard_id={shard_id} with --num_shards={num_shards}: shards are numbered 0 to '
       f'{num_shards - 1}.'
     )
-  with _alive(job, shard_id, num_shards), _executor(workers) as executor:
+  pool = workers if isinstance(workers, Pool) else Pool(workers)
+  shards = _Shards(job, shard_id, num_shards, finished or (lambda: False))
+  with contextlib.ExitStack() as stack:
+    if pool is not workers:
+      stack.enter_context(pool)
+    stack.enter_context(shards)
     for number, stage in enumerate(stages):
       units = list(stage.units(job))
       mine = units[shard_id::num_shards]
-      _perform(job, stage, mine, executor, workers, progress)
-      if num_shards > 1 and not _others(
-        job, stage, units, number > 0, shard_id, num_shards, executor, workers, progress
-      ):
-        return False
+      _perform(job, stage, mine, pool, progress)
+      if num_shards == 1:
+        continue
+      done = _others(job, stage, units, number > 0, shards, pool, progress)
+      if done is not None:
+        return done
   return True
 
 
-def _others(
-  job, stage, units, take_over, shard_id, num_shards, executor, workers, progress
-) -> bool:
-  """Waits for the other shards' units of a stage; whether all of them are done."""
+def _others(job, stage, units, take_over, shards, pool, progress) -> bool | None:
+  """Waits for the other shards' units of a stage.
+
+  Returns:
+    None when all of them are done; True if the whole job is; False if nobody does them.
+  """
   said = False
   while True:
-    done = job.done(stage.name)
-    left = [(i % num_shards, u) for i, u in enumerate(units) if u.name not in done]
+    done, count = job.done(stage.name), shards.count
+    left = [(i % count, u) for i, u in enumerate(units) if u.name not in done]
     if not left:
+      return None
+    if shards.finished():
       return True
-    alive = _alive_shards(job, num_shards) - {shard_id}
+    alive = shards.alive()
     if take_over:
       orphans = [unit for shard, unit in left if shard not in alive]
       if orphans:
         # A few at a time: a shard that comes back finds the rest undone.
-        _perform(job, stage, orphans[: max(workers, 1)], executor, workers, progress)
+        _perform(job, stage, orphans[: pool.workers], pool, progress)
         continue
-    if not alive & {shard for shard, _ in left}:
+    waiting = {shard for shard, _ in left}
+    if not alive & waiting:
       return False
     if not said:
-      waiting = ', '.join(map(str, sorted({shard for shard, _ in left})[:8]))
-      logger.info('shard %d waits for shard %s', shard_id, waiting)
+      names = ', '.join(map(str, sorted(waiting)[:8]))
+      logger.info('shard %d waits for shard %s', shards.shard_id, names)
       said = True
     time.sleep(_BEAT_SECONDS / 5)
 
 
-def _perform(job, stage, units, executor, workers, progress) -> None:
+def _perform(job, stage, units, pool, progress) -> None:
   """Does those of the units that are not done."""
   done = job.done(stage.name)
   left = [unit for unit in units if unit.name not in done]
@@ -213,7 +289,7 @@ def _perform(job, stage, units, executor, workers, progress) -> None:
   report = progress or (lambda *args: None)
   if left:
     report(stage.label or stage.name, finished, total)
-  if executor is None:
+  if pool.workers == 1 or stage.local or len(left) == 1:
     for unit in left:
       job.perform(stage.name, unit)
       finished += unit.size
@@ -223,8 +299,8 @@ def _perform(job, stage, units, executor, workers, progress) -> None:
   try:
     while True:
       # A bounded queue: a corpus has more units than should be pickled at once.
-      while len(waiting) < 2 * workers and (unit := next(queue, None)) is not None:
-        waiting[executor.submit(job.perform, stage.name, unit)] = unit
+      while len(waiting) < 2 * pool.workers and (unit := next(queue, None)) is not None:
+        waiting[pool.submit(job.perform, stage.name, unit)] = unit
       if not waiting:
         return
       ready, _ = concurrent.futures.wait(
@@ -246,25 +322,6 @@ def _perform(job, stage, units, executor, workers, progress) -> None:
       future.cancel()
 
 
-@contextlib.contextmanager
-def _executor(workers: int):
-  """A pool of worker processes, or None where this process does the work."""
-  if workers <= 1:
-    yield None
-    return
-  # Not forked: TensorFlow's and JAX's threads do not survive a fork.
-  executor = concurrent.futures.ProcessPoolExecutor(
-    workers,
-    mp_context=multiprocessing.get_context('spawn'),
-    initializer=_die_with_parent,
-    initargs=(os.getpid(),),
-  )
-  try:
-    yield executor
-  finally:
-    executor.shutdown(wait=True, cancel_futures=True)
-
-
 def _die_with_parent(parent: int) -> None:
   """Ends a worker soon after the process that started it was killed."""
 
@@ -273,40 +330,55 @@ def _die_with_parent(parent: int) -> None:
       time.sleep(0.5)
     os._exit(1)
 
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
   threading.Thread(target=watch, daemon=True, name='parent').start()
 
 
-@contextlib.contextmanager
-def _alive(job: Job, shard_id: int, num_shards: int):
-  """Shows the other shards that this one is running."""
-  if num_shards == 1:
-    yield
-    return
-  path, stop = job.path('alive', str(shard_id)), threading.Event()
+class _Shards:
+  """Shows the other shards that this one is running, and sees which of them are."""
 
-  def beat():
-    while not stop.is_set():
-      with contextlib.suppress(errors.Failure):
-        storage.write_bytes(path, str(time.time()).encode())
-      stop.wait(_BEAT_SECONDS)
+  def __init__(self, job: Job, shard_id: int, count: int, finished):
+    self.shard_id, self.count, self.finished = shard_id, count, finished
+    self._job, self._stop = job, threading.Event()
+    self._thread = threading.Thread(target=self._beat, daemon=True, name='alive')
+    self._seen: dict[int, tuple[bytes, float]] = {}
 
-  thread = threading.Thread(target=beat, daemon=True, name='alive')
-  thread.start()
-  try:
-    yield
-  finally:
-    stop.set()
-    thread.join()
+  def __enter__(self) -> '_Shards':
+    if self.count > 1:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._stop.set()
+    if self.count > 1:
+      self._thread.join()
+      if not self.finished():
+        self._say(b'0')
+
+  def _beat(self):
+    while not self._stop.is_set():
+      self._say(str(time.time()).encode())
+      self._stop.wait(_BEAT_SECONDS)
+
+  def _say(self, text: bytes):
     with contextlib.suppress(errors.Failure):
-      storage.write_bytes(path, b'0')
+      storage.write_bytes(self._job.path('alive', str(self.shard_id)), text)
 
+  def alive(self) -> set[int]:
+    """The other shards that show signs of life."""
+    return {i for i in range(self.count) if i != self.shard_id and self._is_alive(i)}
 
-def _alive_shards(job: Job, num_shards: int) -> set[int]:
-  """The shards whose last sign of life is fresh."""
-  alive, now = set(), time.time()
-  for shard in range(num_shards):
-    data = storage.read_bytes(job.path('alive', str(shard)))
-    with contextlib.suppress(ValueError):
-      if data is not None and now - float(data) < _ALIVE_SECONDS:
-        alive.add(shard)
-  return alive
+  def _is_alive(self, shard: int) -> bool:
+    data = storage.read_bytes(self._job.path('alive', str(shard)))
+    if data in (None, b'0'):
+      return False
+    before, since = self._seen.get(shard, (b'', 0.0))
+    if data != before:
+      # Clocks differ from machine to machine: only a first sight goes by the time it
+      # tells, from then on a shard lives as long as its sign changes.
+      since = time.monotonic()
+      with contextlib.suppress(ValueError):
+        if not before and time.time() - float(data) > _ALIVE_SECONDS:
+          since -= _ALIVE_SECONDS
+      self._seen[shard] = (data, since)
+    return time.monotonic() - since < _ALIVE_SECONDS

@@ -21,6 +21,7 @@ from palm_t5x.corpus import (
   jobs,
   sources,
   storage,
+  store_builder,
   token_store,
   vocabulary_sample,
 )
@@ -87,15 +88,47 @@ def _can_slice(source: seqio.DataSource) -> bool:
 def store_path(
   cache_dir: str, task: seqio.Task, split: str, vocabulary, seed: int = 0
 ) -> str:
-  """Where the token store of a task lies: one folder per text and vocabulary."""
+  """Where the token store of a task lies: one folder per text, vocabulary and format.
+
+  Where the task's source says that its text is not on this machine, that is the one
+  folder that was made from some text of it.
+
+  Raises:
+    UserError: there are several of those.
+  """
+  folder = storage.join(storage.normalise(cache_dir), 'token_stores', task.name)
   parts = [split.replace('/', '_'), codec.hash_of(vocabulary)[:12]]
-  fingerprint = getattr(task.source, 'fingerprint', None)
-  if fingerprint and fingerprint(split):
-    parts.append(fingerprint(split))
-  if seed:
-    parts.append(f'seed{seed}')
-  return storage.join(
-    storage.normalise(cache_dir), 'token_stores', task.name, '-'.join(parts)
+  fingerprint = getattr(task.source, 'fingerprint', lambda split: '')(split)
+  end = [f'seed{seed}'] if seed else []
+  end.append(f'v{token_store.FORMAT}')
+  if fingerprint is None:
+    return _only_store(folder, '-'.join(parts) + '-', '-' + '-'.join(end), task, split)
+  parts += [fingerprint] if fingerprint else []
+  return storage.join(folder, '-'.join([*parts, *end]))
+
+
+def _only_store(folder: str, begin: str, end: str, task: seqio.Task, split: str) -> str:
+  names = storage.list_folders(folder)
+  made = [
+    name
+    for name in names
+    if name.startswith(begin)
+    and name.endswith(end)
+    and '-' not in name[len(begin) : -len(end)]
+    and storage.read_bytes(storage.join(folder, name, 'manifest.json')) is not None
+  ]
+  if len(made) > 1:
+    raise errors.UserError(
+      f"The text of task '{task.name}' is not on this machine, and its split '{split}' "
+      f'has several token stores in {folder}: {", ".join(made)}. Leave the one that is '
+      'meant, or say where the text is.'
+    )
+  if made:
+    return storage.join(folder, made[0])
+  next(iter(task.source.documents(split)), None)  # The source knows what is missing.
+  raise errors.UserError(
+    f"The text of task '{task.name}' is not on this machine, and there is no token "
+    f'store {begin}*{end} in {folder}: say where the text is, or copy the store there.'
   )
 
 
@@ -130,27 +163,60 @@ def prepare(
   """
   stores = []
   for task, weight in tasks_and_weights(mixture_or_task_name, split):
-    _check_vocabulary(task, vocabulary)
     path = store_path(cache_dir, task, split, vocabulary, seed)
-    label = f'tokenising {task.name}/{split}'
-
-    def report(done, total, label=label):
-      progress(label, done, total)
-
-    def documents(task=task):
-      return _documents(task, split, vocabulary, use_cached)
-
-    token_store.build(
-      path,
-      documents,
-      vocabulary,
-      task=task.name,
-      split=split,
-      seed=seed,
-      progress=report if progress else None,
+    build_store(
+      path, task, split, vocabulary, seed=seed, use_cached=use_cached, progress=progress
     )
-    stores.append((task.name, token_store.TokenStore(path), weight))
+    stores.append((task.name, open_store(path, vocabulary), weight))
   return stores
+
+
+def open_store(path: str, vocabulary: seqio.Vocabulary) -> token_store.TokenStore:
+  """The whole token store at `path`.
+
+  Raises:
+    Failure: there is none, it is damaged, or another vocabulary made it.
+  """
+  store = token_store.TokenStore(path)
+  ours, theirs = codec.hash_of(vocabulary), store.manifest.vocabulary_hash
+  if ours != theirs:
+    raise errors.Failure(
+      f'The token store at {path} was made with another vocabulary ({theirs[:12]}) '
+      f'than {vocabulary} ({ours[:12]}): delete that folder and run again, or name the '
+      'vocabulary it was made with.'
+    )
+  return store
+
+
+def build_store(
+  path: str,
+  task: seqio.Task,
+  split: str,
+  vocabulary: seqio.Vocabulary,
+  *,
+  seed: int = 0,
+  use_cached: bool = False,
+  **how,
+) -> token_store.Manifest | None:
+  """Builds the token store of a task's split at `path`, unless it is there.
+
+  Args:
+    how: `store_builder.build`'s workers, shard_id, num_shards, runner and progress.
+
+  Returns:
+    the manifest; None if other shards have yet to do their part.
+  """
+  _check_vocabulary(task, vocabulary)
+
+  def documents():
+    parts = None
+    if sources.is_plain_text(task) and not use_cached:
+      parts = task.source.parts(split)
+    return parts or _documents(task, split, vocabulary, use_cached)
+
+  return store_builder.build(
+    path, documents, vocabulary, task=task.name, split=split, seed=seed, **how
+  )
 
 
 def _check_vocabulary(task: seqio.Task, vocabulary) -> None:
@@ -175,7 +241,7 @@ def _check_vocabulary(task: seqio.Task, vocabulary) -> None:
 
 
 def _documents(task, split, vocabulary, use_cached=False):
-  """What `token_store.build` wants: texts, or examples that SeqIO has tokenised."""
+  """What `store_builder.build` wants: texts, or examples that SeqIO has tokenised."""
   if sources.is_plain_text(task) and not use_cached:
     yield from task.source.documents(split)
     return

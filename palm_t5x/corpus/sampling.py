@@ -30,8 +30,11 @@ def round_keys(*names) -> np.ndarray:
   return np.frombuffer(digest, '<u8').astype(np.uint64)
 
 
-def _mix(x, key):
-  """A 64-bit mixing function (the finaliser of SplitMix64), keyed."""
+def mix(x, key):
+  """A keyed 64-bit mixing function, the finaliser of SplitMix64: uint64 to uint64.
+
+  One to one for every key. Arrays overflow silently; scalars need np.errstate.
+  """
   x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))
@@ -64,7 +67,7 @@ def permute(indices, n: int, keys) -> np.ndarray:
   def network(x, keys):
     left, right = x >> half, x & mask
     for r in range(_ROUNDS):
-      left, right = right, left ^ (_mix(right, keys[:, r]) & mask)
+      left, right = right, left ^ (mix(right, keys[:, r]) & mask)
     return (left << half) | right
 
   with np.errstate(over='ignore'):

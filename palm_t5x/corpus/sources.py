@@ -1,15 +1,19 @@
 """Text that Python can iterate over, as the source of a SeqIO task.
 
-The token-store builder reads `documents(split)` without TensorFlow; SeqIO's own
-pipeline reads the same documents in the same order through `get_dataset`.
+The token-store builder reads `documents(split)` without TensorFlow, or, where there are
+many, the split's `parts` in several processes; SeqIO's own pipeline reads the same
+documents in the same order through `get_dataset`.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import seqio
 import tensorflow as tf
 
 from palm_t5x.corpus import vocabulary as vocabulary_lib
+from palm_t5x.corpus.documents import Part
 
 # What turns a document into targets. A task with exactly these preprocessors is
 # tokenised by the store builder directly; any other runs through SeqIO's pipeline.
@@ -25,29 +29,35 @@ class DocumentSource(seqio.DataSource):
 
   Args:
     documents: split -> iterable of documents: str, or dicts of str with one set of keys
-      (such as inputs and targets). Called anew for each pass; must repeat itself.
+      (such as inputs and targets). Called anew for each pass; must repeat itself. None:
+      those of `parts`, one after the other.
     splits: the names of the splits.
-    fingerprint: split -> a short string that changes when the text does; token stores
-      are kept apart by it. None: the text never changes.
+    fingerprint: split -> a short string (letters, digits, '_') that changes when the
+      text does; token stores are kept apart by it. It may return None where the text is
+      not on this machine: a token store that is there then serves. None: the text never
+      changes.
     identity: a function that returns a short name of *which* text this is, where one
       task serves many, such as a hash of the user's globs. A learned vocabulary's file
       is named after it. None: the task's name says it all.
-    parts: split -> the same documents as a list of `documents.Part`, for workers that
-      share them. None: `documents` is all there is.
+    parts: split -> list of `Part`s that hold its documents, so that several processes
+      can read them; they import what a part's `read` is defined in, which should
+      therefore not be TensorFlow.
   """
 
   def __init__(
     self,
-    documents,
+    documents=None,
     splits=('train', 'validation'),
     fingerprint=None,
     identity=None,
     parts=None,
   ):
+    if documents is None and parts is None:
+      raise ValueError('a source needs documents or parts')
     self._documents = documents
+    self._parts = parts
     self._fingerprint = fingerprint
     self._identity = identity
-    self._parts = parts
     super().__init__(splits=splits, caching_permitted=True)
 
   @property
@@ -55,19 +65,29 @@ class DocumentSource(seqio.DataSource):
     """Which text this is, where the task's name does not say it; else ''."""
     return self._identity() if self._identity else ''
 
-  def fingerprint(self, split: str) -> str:
-    """A short string that changes when the text of the split does; '' if it cannot."""
+  def fingerprint(self, split: str) -> str | None:
+    """A short string that changes when the text of the split does; '' if it cannot.
+
+    None: the text is not here.
+    """
     return self._fingerprint(split) if self._fingerprint else ''
 
-  def parts(self, split: str):
-    """The documents of a split as a list of `documents.Part`; None if they are one."""
-    return self._parts(split) if self._parts else None
+  def parts(self, split: str) -> Sequence[Part] | None:
+    """What several processes can read the documents of a split from, if they can."""
+    self._check(split)
+    return self._parts and list(self._parts(split))
 
   def documents(self, split: str):
     """Iterates over the documents of a split, in an order that does not change."""
+    self._check(split)
+    if self._documents is not None:
+      return iter(self._documents(split))
+    read = (part.read() for part in self._parts(split))
+    return (getattr(d, 'text', d) for d in itertools.chain.from_iterable(read))
+
+  def _check(self, split: str):
     if split not in self.splits:
       raise ValueError(f"there is no split '{split}', only {', '.join(self.splits)}")
-    return iter(self._documents(split))
 
   @property
   def supports_arbitrary_sharding(self) -> bool:

@@ -8,10 +8,14 @@ import contextlib
 import os
 import posixpath
 import re
+import shutil
+from collections.abc import Iterator, Sequence
 
 import tensorstore as ts
 
 from palm_t5x import errors
+
+_IN_FLIGHT = 64  # reads under way at a time: a bucket answers each in tens of ms
 
 
 def is_remote(path: str) -> bool:
@@ -93,6 +97,43 @@ def read_range(path: str, start: int, stop: int) -> bytes:
   return bytes(result.value)
 
 
+def read_ranges(
+  folder: str, ranges: Sequence[tuple[str, int, int | None]]
+) -> Iterator[bytes]:
+  """Bytes start..stop-1 of each (name, start, stop) in `folder`, many at a time.
+
+  A stop of None reads to the end of the file. Yields in the order of `ranges`.
+
+  Raises:
+    Failure: a file is missing, too short, or cannot be read.
+  """
+  path, waiting = folder, []
+  try:
+    store = ts.KvStore.open(kvstore_spec(folder)).result()
+    for i in range(len(ranges) + _IN_FLIGHT):
+      if i >= _IN_FLIGHT and i - _IN_FLIGHT < len(ranges):
+        path, future = waiting[i - _IN_FLIGHT]
+        waiting[i - _IN_FLIGHT] = None
+        result = future and future.result()
+        if result is not None and result.state != 'value':
+          raise errors.Failure(f'Cannot read {path}: there is no such file.')
+        yield bytes(result.value) if result else b''
+      if i < len(ranges):
+        name, start, stop = ranges[i]
+        empty = start == stop
+        read = None if empty else store.read(name, byte_range=slice(start, stop))
+        waiting.append((join(folder, name), read))
+  except (ValueError, OSError, TypeError) as e:
+    raise errors.Failure(f'Cannot read {path}: {_short(e)}') from e
+
+
+def _short(error: BaseException) -> str:
+  """TensorStore's message without the call sites that it appends."""
+  return ' '.join(
+    re.split(r' \[(?:source locations|tensorstore_spec)=', str(error))[0].split()
+  )
+
+
 def list_names(folder: str) -> list[str]:
   """The names of the files in `folder` and its folders, relative to it, sorted."""
   try:
@@ -101,6 +142,22 @@ def list_names(folder: str) -> list[str]:
   except (ValueError, OSError) as e:
     raise errors.Failure(f'Cannot list {folder}: {e}') from e
   return sorted(name.decode() for name in names)
+
+
+def list_folders(folder: str) -> list[str]:
+  """The names of the folders in `folder`, sorted; there may be none."""
+  if not is_remote(folder):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return []
+  return sorted({name.split('/')[0] for name in list_names(folder) if '/' in name})
+
+
+def exists(folder: str) -> bool:
+  """Whether there is anything in `folder`."""
+  if not is_remote(folder):
+    return os.path.isdir(normalise(folder))
+  return bool(list_names(folder))
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -114,8 +171,20 @@ def write_bytes(path: str, data: bytes) -> None:
     store.write(name, data).result()
 
 
+def delete_file(path: str) -> None:
+  """Deletes a file; there may be none."""
+  with writing(path):
+    store, name = _open(path)
+    store.write(name, None).result()
+
+
 def delete_folder(folder: str) -> None:
-  """Deletes every file below `folder`; there may be none."""
+  """Deletes `folder` with all that is in it; there may be none."""
+  folder = normalise(folder)
   with writing(folder):
+    if not is_remote(folder):
+      with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        shutil.rmtree(folder)
+      return
     store = ts.KvStore.open(kvstore_spec(folder)).result()
     store.delete_range(ts.KvStore.KeyRange()).result()

@@ -4,28 +4,42 @@ In a folder or bucket: `tokens` (uint32), `offsets` (uint64 [documents + 1]), `h
 (uint8 [documents, 16], blake2b of each document) and, for examples with inputs,
 `inputs_lengths` (uint32): TensorStore zarr3 arrays, sharded, zstd, crc32c. Then
 `manifest.json`, written last: a folder without one is not a store, whatever is in it.
-Documents lie in a seeded order, each ending with the vocabulary's end id. Nothing in a
-store depends on when or on how many threads it was built.
+
+Documents lie in the order of `document_keys`, each ending with the vocabulary's end id.
+What a store holds is a function of the set of documents, the vocabulary and the seed;
+`store_builder` makes it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import tensorstore as ts
 
 from palm_t5x import errors
-from palm_t5x.corpus import codec, sampling, storage
+from palm_t5x.corpus import sampling, storage
 
-FORMAT = 1
-SHARD_TOKENS = 1 << 22  # tokens in a file: 16 MB before compression
-CHUNK_TOKENS = 1 << 12  # tokens decompressed to read one row
+FORMAT = 2
+ARRAYS = ('tokens', 'offsets', 'hashes', 'inputs_lengths')
 _CACHE_BYTES = 128 << 20  # decompressed chunks and shard indices kept in memory
-_BATCH_BYTES = 4 << 20  # text tokenised in one call
+_DTYPES = {'tokens': 'uint32', 'offsets': 'uint64', 'hashes': 'uint8'}
 _MISSING = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Entries in each file of an array; part of the format, smaller in tests only."""
+
+  tokens: int = 1 << 22  # 16 MB before compression
+  chunk: int = 1 << 12  # tokens decompressed to read one row
+  offsets: int = 1 << 20
+  hashes: int = 1 << 16
+  inputs_lengths: int = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +55,87 @@ class Manifest:
   num_tokens: int  # ends of documents included
   num_documents: int
   num_bytes: int  # UTF-8 bytes of the text: what bits per byte are divided by
+  num_empty: int  # documents without text, which are left out
   has_inputs: bool  # whether documents are inputs followed by targets
-  checksums: dict[str, str]  # array name -> blake2b-128 of its contents, in hex
+  checksums: dict[str, str]  # array name -> `checksum` of its files, in hex
   format: int = FORMAT
 
+  def to_json(self) -> bytes:
+    """The contents of manifest.json, with a checksum of their own."""
+    fields = dataclasses.asdict(self)
+    fields['checksum'] = _digest_of(fields)
+    return (json.dumps(fields, indent=2, sort_keys=True) + '\n').encode()
 
-def _spec(path: str, name: str, shape, chunk, shard, dtype) -> dict:
+
+def _digest_of(fields: dict) -> str:
+  return digest(json.dumps(fields, sort_keys=True).encode())
+
+
+def digest(data) -> str:
+  """blake2b-128 of bytes or of an array's contents, in hex."""
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def checksum(digests: Sequence[str]) -> str:
+  """An array's checksum: blake2b-128 over the digests of its files' contents in turn.
+
+  Of their uncompressed entries, so that files can be checked in any order.
+  """
+  return digest(b''.join(map(bytes.fromhex, digests)))
+
+
+def document_keys(hashes: np.ndarray, seed: int, task: str, split: str) -> np.ndarray:
+  """What the documents of a store are ordered by; equal keys: by the hashes' bytes.
+
+  Args:
+    hashes: uint8 [documents, 16], as in the store.
+    seed, task, split: as in the manifest.
+
+  Returns:
+    uint64 [documents]: mix(mix(a, k0) ^ b, k1) with `sampling.mix`, where a and b are
+    the hash's halves as little-endian integers and k0, k1 the first two of
+    sampling.round_keys('document order', seed, task, split).
+  """
+  first, second = sampling.round_keys('document order', seed, task, split)[:2]
+  halves = np.ascontiguousarray(hashes).view('<u8').astype(np.uint64)
+  with np.errstate(over='ignore'):
+    return sampling.mix(sampling.mix(halves[:, 0], first) ^ halves[:, 1], second)
+
+
+def create_arrays(path: str, lengths: dict[str, int], layout: Layout) -> None:
+  """Makes the empty arrays of a store, of their final lengths, where they are not.
+
+  An array of another shape, from a build that was given up, is deleted.
+  """
+  for name in ARRAYS:
+    folder = storage.join(path, name)
+    if name not in lengths:
+      storage.delete_folder(folder)
+      continue
+    spec = _spec(path, name, lengths[name], layout)
+    with storage.writing(path):
+      try:
+        ts.open(spec, create=True, open=True).result()
+      except ValueError as e:
+        if 'FAILED_PRECONDITION' not in str(e):
+          raise
+        storage.delete_folder(folder)
+        ts.open(spec, create=True).result()
+
+
+def open_array(path: str, name: str, length: int, layout: Layout):
+  """An array that `create_arrays` made, to write whole files of it."""
+  with storage.writing(path):
+    return ts.open(_spec(path, name, length, layout), open=True).result()
+
+
+def _spec(path: str, name: str, length: int, layout: Layout) -> dict:
+  shard, tail = getattr(layout, name), [16] if name == 'hashes' else []
+  chunk = layout.chunk if name == 'tokens' else shard
+  dtype = _DTYPES.get(name, 'uint32')
   plain = {'name': 'bytes', 'configuration': {'endian': 'little'}}
   sharding = {
-    'chunk_shape': chunk,
+    'chunk_shape': [chunk, *tail],
     'codecs': [
       plain,
       {'name': 'zstd', 'configuration': {'level': 3}},
@@ -61,9 +147,12 @@ def _spec(path: str, name: str, shape, chunk, shard, dtype) -> dict:
     'driver': 'zarr3',
     'kvstore': storage.kvstore_spec(storage.join(path, name)),
     'metadata': {
-      'shape': shape,
+      'shape': [length, *tail],
       'data_type': dtype,
-      'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': shard}},
+      'chunk_grid': {
+        'name': 'regular',
+        'configuration': {'chunk_shape': [shard, *tail]},
+      },
       'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
       'fill_value': 255 if dtype == 'uint8' else _MISSING,
     },
@@ -72,47 +161,12 @@ def _spec(path: str, name: str, shape, chunk, shard, dtype) -> dict:
   }
 
 
-class _Writer:
-  """Appends to one zarr3 array, a whole shard at a time, and hashes what it wrote."""
-
-  def __init__(self, path, name, dtype, shard, chunk=None, width=None):
-    tail = [] if width is None else [width]
-    self._shard, self._dtype, self._tail = shard, np.dtype(dtype), tail
-    spec = _spec(path, name, [0, *tail], [chunk or shard, *tail], [shard, *tail], dtype)
-    with storage.writing(path):
-      self._array = ts.open(spec, create=True, delete_existing=True).result()
-    self._path, self._pending, self._num_pending, self._written = path, [], 0, 0
-    self._digest = hashlib.blake2b(digest_size=16)
-
-  def append(self, values: np.ndarray) -> None:
-    self._pending.append(np.ascontiguousarray(values, self._dtype))
-    self._num_pending += len(values)
-    if self._num_pending >= self._shard:
-      self._flush(self._num_pending - self._num_pending % self._shard)
-
-  def _flush(self, count: int) -> None:
-    values = np.concatenate(self._pending)
-    values, rest = values[:count], values[count:]
-    self._pending, self._num_pending = [rest], len(rest)
-    self._digest.update(values.tobytes())
-    start, self._written = self._written, self._written + count
-    with storage.writing(self._path):
-      self._array = self._array.resize(exclusive_max=[self._written, *self._tail])
-      self._array = self._array.result()
-      self._array[start : self._written].write(values).result()
-
-  def close(self) -> str:
-    """Writes what is left; returns the checksum."""
-    if self._num_pending:
-      self._flush(self._num_pending)
-    return self._digest.hexdigest()
-
-
 @contextlib.contextmanager
-def only_builder(path: str):
+def only_builder(path: str, shared: bool = False):
   """Lets one process at a time write `path`, if it is local; others wait.
 
-  The lock dies with the process that holds it, however that dies.
+  The lock dies with the process that holds it, however that dies. Those that share it
+  wait for the others only.
   """
   if storage.is_remote(path):
     yield
@@ -127,21 +181,36 @@ def only_builder(path: str):
     lock = os.open(path + '.lock', os.O_CREAT | os.O_RDWR)
   try:
     with contextlib.suppress(OSError):  # a file system without locks
-      fcntl.flock(lock, fcntl.LOCK_EX)
+      fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     yield
   finally:
     os.close(lock)
 
 
 def read_manifest(path: str) -> Manifest | None:
-  """The manifest of the store at `path`, or None if there is no whole store."""
-  data = storage.read_bytes(storage.join(storage.normalise(path), 'manifest.json'))
+  """The manifest of the store at `path`, or None if there is no whole store.
+
+  Raises:
+    Failure: it is of another format, or was damaged or edited.
+  """
+  path = storage.normalise(path)
+  data = storage.read_bytes(storage.join(path, 'manifest.json'))
   if data is None:
     return None
   try:
-    return Manifest(**json.loads(data))
+    fields = dict(json.loads(data))
+    if fields.get('format', FORMAT) != FORMAT:
+      raise errors.Failure(
+        f'The token store at {path} has format {fields["format"]}, this version reads '
+        f'format {FORMAT}: delete that folder and run again to have it rebuilt.'
+      )
+    found = fields.pop('checksum', None)
+    manifest = Manifest(**fields)
   except (ValueError, TypeError) as e:
     raise _damaged(path, f'manifest.json cannot be understood ({e})') from e
+  if found != _digest_of(fields):
+    raise _damaged(path, 'manifest.json was edited, its checksum does not match')
+  return manifest
 
 
 def _damaged(path: str, what: str) -> errors.Failure:
@@ -150,157 +219,6 @@ def _damaged(path: str, what: str) -> errors.Failure:
     f'The token store at {path} is damaged: {text}. Delete that folder and run again '
     'to have it rebuilt.'
   )
-
-
-def build(
-  path: str,
-  documents,
-  vocabulary,
-  *,
-  task: str,
-  split: str,
-  seed: int = 0,
-  progress=None,
-) -> Manifest:
-  """Tokenises `documents` into a store at `path`; a whole store there is kept as it is.
-
-  A build that was interrupted is started afresh. Two processes that build the same
-  local store take turns, and the second finds it built.
-
-  Args:
-    path: the store's own folder, local or gs://.
-    documents: an iterable of str, or a function that returns one (called only if there
-      is something to build). Empty documents are left out. Or of examples that are
-      tokenised already: dicts of the ids 'targets' and (in all or none) 'inputs', and
-      'bytes', the UTF-8 length of the targets' text.
-    vocabulary: any SeqIO vocabulary; its `eos_id` ends every document.
-    task, split: names for the manifest.
-    seed: of the order in which the documents are stored.
-    progress: called with (bytes done, bytes in all) as the build goes on.
-
-  Returns:
-    the manifest.
-
-  Raises:
-    UserError: there are no documents.
-    Failure: the disk is full, or the folder cannot be written to.
-  """
-  path = storage.normalise(path)
-  manifest = read_manifest(path)
-  if manifest is not None:
-    return manifest
-  with only_builder(path):
-    manifest = read_manifest(path)
-    if manifest is not None:
-      return manifest
-    documents = documents() if callable(documents) else documents
-    documents = [_clean(document) for document in documents if document]
-    if not documents:
-      raise errors.UserError(
-        f"Task '{task}' has no text in its split '{split}': there is nothing to "
-        'tokenise. Check where the task reads its files from.'
-      )
-    storage.delete_folder(path)
-    return _build(path, documents, vocabulary, task, split, seed, progress)
-
-
-def _build(path, documents, vocabulary, task, split, seed, progress) -> Manifest:
-  keys = sampling.round_keys('document order', seed, task, split)
-  order = sampling.permute(np.arange(len(documents)), len(documents), keys)
-  examples = isinstance(documents[0], dict)
-  has_inputs = examples and 'inputs' in documents[0]
-  encode = _encode_examples if examples else _encode_texts
-  writers = {
-    'tokens': _Writer(path, 'tokens', 'uint32', SHARD_TOKENS, CHUNK_TOKENS),
-    'offsets': _Writer(path, 'offsets', 'uint64', 1 << 20),
-    'hashes': _Writer(path, 'hashes', 'uint8', 1 << 16, width=16),
-  }
-  if has_inputs:
-    writers['inputs_lengths'] = _Writer(path, 'inputs_lengths', 'uint32', 1 << 20)
-  num_tokens = num_bytes = 0
-  total = sum(_num_bytes(document) for document in documents)
-  writers['offsets'].append(np.zeros(1))
-  for batch in _batches([documents[i] for i in order]):
-    ids = encode(batch, vocabulary, int(vocabulary.eos_id))
-    ends = num_tokens + np.cumsum([len(row) for row in ids])
-    num_tokens, num_bytes = int(ends[-1]), num_bytes + sum(map(_num_bytes, batch))
-    writers['tokens'].append(np.concatenate(ids))
-    writers['offsets'].append(ends)
-    writers['hashes'].append(np.stack([_hash(document) for document in batch]))
-    if has_inputs:
-      lengths = [len(document['inputs']) for document in batch]
-      writers['inputs_lengths'].append(np.array(lengths))
-    if progress:
-      progress(num_bytes, total)
-  manifest = Manifest(
-    task=task,
-    split=split,
-    vocabulary_hash=codec.hash_of(vocabulary),
-    vocab_size=int(vocabulary.vocab_size),
-    eos_id=int(vocabulary.eos_id),
-    seed=seed,
-    num_tokens=num_tokens,
-    num_documents=len(documents),
-    num_bytes=num_bytes,
-    has_inputs=has_inputs,
-    checksums={name: writer.close() for name, writer in writers.items()},
-  )
-  text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + '\n'
-  storage.write_bytes(storage.join(path, 'manifest.json'), text.encode())
-  return manifest
-
-
-def _clean(document):
-  """Half a surrogate pair, which JSON can hold, is not text: it becomes U+FFFD."""
-  if isinstance(document, dict):
-    return document
-  try:
-    document.encode()
-  except UnicodeEncodeError:
-    document = document.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-  return document
-
-
-def _num_bytes(document) -> int:
-  return document['bytes'] if isinstance(document, dict) else len(document.encode())
-
-
-def _hash(document) -> np.ndarray:
-  if isinstance(document, dict):
-    inputs, targets = document.get('inputs', ()), document['targets']
-    ids = np.concatenate([inputs, targets]).astype(np.uint32)
-    data = len(inputs).to_bytes(8, 'little') + ids.tobytes()
-  else:
-    data = document.encode()
-  return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint8)
-
-
-def _batches(documents):
-  """Consecutive documents, about `_BATCH_BYTES` of text at a time."""
-  batch, size = [], 0
-  for document in documents:
-    batch.append(document)
-    size += _num_bytes(document)
-    if size >= _BATCH_BYTES:
-      yield batch
-      batch, size = [], 0
-  if batch:
-    yield batch
-
-
-def _encode_texts(texts, vocabulary, eos_id) -> list[np.ndarray]:
-  return [np.append(ids, eos_id) for ids in codec.encode_batch(vocabulary, texts)]
-
-
-def _encode_examples(examples, vocabulary, eos_id) -> list[np.ndarray]:
-  del vocabulary  # The task's own preprocessors have tokenised them.
-  rows = []
-  for example in examples:
-    targets = np.asarray(example['targets'])
-    if not targets.size or targets[-1] != eos_id:
-      targets = np.append(targets, eos_id)
-    rows.append(np.concatenate([example.get('inputs', ()), targets]))
-  return rows
 
 
 class TokenStore:
@@ -319,11 +237,6 @@ class TokenStore:
     if manifest is None:
       raise errors.Failure(
         f'There is no whole token store at {self.path}: its manifest.json is missing.'
-      )
-    if manifest.format != FORMAT:
-      raise errors.Failure(
-        f'The token store at {self.path} has format {manifest.format}, this version '
-        f'reads format {FORMAT}: delete that folder and run again to have it rebuilt.'
       )
     self.manifest = manifest
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
@@ -425,21 +338,28 @@ class TokenStore:
     equal = (counts == counts[0]).all()
     return np.stack(parts) if equal else np.concatenate(parts)
 
-  def verify(self, progress=None) -> None:
+  def verify(self, progress=None, workers: int = 1) -> None:
     """Reads everything and compares it with the manifest's checksums.
 
     Args:
       progress: called with (tokens done, tokens in all).
+      workers: threads that read and hash files side by side.
 
     Raises:
       Failure: something differs; the message names the array and what to do.
     """
-    for name, array in self._arrays.items():
-      digest = hashlib.blake2b(digest_size=16)
-      for start in range(0, array.shape[0], SHARD_TOKENS):
-        stop = min(start + SHARD_TOKENS, array.shape[0])
-        digest.update(np.ascontiguousarray(self._read(name, start, stop - start)))
-        if progress and name == 'tokens':
-          progress(stop, self.num_tokens)
-      if digest.hexdigest() != self.manifest.checksums[name]:
-        raise _damaged(self.path, f"the checksum of '{name}' does not match")
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as threads:
+      for name, array in self._arrays.items():
+        shard = array.chunk_layout.write_chunk.shape[0]
+
+        def of_file(start, name=name, shard=shard, length=array.shape[0]):
+          values = self._read(name, start, min(shard, length - start))
+          return digest(np.ascontiguousarray(values))
+
+        digests = []
+        for found in threads.map(of_file, range(0, array.shape[0], shard)):
+          digests.append(found)
+          if progress and name == 'tokens':
+            progress(min(len(digests) * shard, self.num_tokens), self.num_tokens)
+        if checksum(digests) != self.manifest.checksums[name]:
+          raise _damaged(self.path, f"the checksum of '{name}' does not match")

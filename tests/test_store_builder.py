@@ -1,0 +1,355 @@
+"""Building token stores: the same bytes by every way, and what the bytes must be."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+from toy_stores import LIMITS, TEXTS, THREE, build, build_shard, files, ids, parts
+
+from palm_t5x import errors
+from palm_t5x.corpus import beam_runner, jobs, storage, store_builder, token_store
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The store, and its files."""
+  path = tmp_path_factory.mktemp('whole') / 'store'
+  build(path)
+  return path, files(path)
+
+
+# --- What a store holds.
+
+
+def mix(x, key):
+  """SplitMix64's finaliser, in Python's integers."""
+  x = (x ^ key) * 0xBF58476D1CE4E5B9 % 2**64
+  x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+  return x ^ x >> 31
+
+
+def order_of(texts, seed, task, split):
+  """The documented order, in plain Python."""
+  name = '\x1f'.join(map(str, ('document order', seed, task, split))).encode()
+  keys = hashlib.blake2b(name, digest_size=48).digest()
+  first, second = (int.from_bytes(keys[i : i + 8], 'little') for i in (0, 8))
+
+  def key(text):
+    found = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    a, b = (int.from_bytes(found[i : i + 8], 'little') for i in (0, 8))
+    return mix(mix(a, first) ^ b, second), found
+
+  return sorted(texts, key=key)
+
+
+def test_a_store_is_what_its_format_says(tmp_path):
+  """An oracle that shares no code: Python's sort and SentencePiece's own encoder."""
+  import fixture_tasks  # TensorFlow
+
+  model = sentencepiece.SentencePieceProcessor(model_file=fixture_tasks.VOCABULARY_PATH)
+  texts = [*fixture_tasks.documents('train'), 'Zeile\r\nzwei\x00 3\u20ac', ' ']
+  expected, offsets, found = [], [0], []
+  for text in order_of(texts, 3, 'toy', 'train'):
+    expected += [*model.encode(text), model.eos_id()]
+    offsets.append(len(expected))
+    found.append(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+  manifest = build(tmp_path / 's', texts, vocabulary=fixture_tasks.vocabulary(), seed=3)
+  store = token_store.TokenStore(str(tmp_path / 's'))
+  assert store.read(0, store.num_tokens).tolist() == expected
+  assert store.offsets().tolist() == offsets
+  assert [row.tobytes().hex() for row in store.hashes()] == found
+  assert manifest.num_bytes == sum(len(text.encode()) for text in texts)
+  store.verify()
+
+
+def test_equal_keys_go_by_the_hash(tmp_path, monkeypatch):
+  def few_keys(hashes, *args):
+    return hashes[:, 0].astype(np.uint64) % 2 << np.uint64(63)
+
+  monkeypatch.setattr(token_store, 'document_keys', few_keys)
+  build(tmp_path / 's')
+  rows = token_store.TokenStore(str(tmp_path / 's')).hashes()
+  rows = [(row[0] % 2, row.tobytes()) for row in rows]
+  assert rows == sorted(rows)
+
+
+def test_the_manifest_counts(whole):
+  manifest = token_store.read_manifest(str(whole[0]))
+  assert manifest.num_documents == len(TEXTS) + 1 and manifest.num_empty == 6
+  data = [text.encode() for text in [*TEXTS, TEXTS[7]]]
+  assert manifest.num_bytes == sum(map(len, data))
+  assert manifest.num_tokens == manifest.num_bytes + len(data)
+
+
+def test_checksums_are_those_of_the_files_contents(whole):
+  store = token_store.TokenStore(str(whole[0]))
+  stream = store.read(0, store.num_tokens).astype('<u4').tobytes()
+  digests = [
+    hashlib.blake2b(stream[i : i + 1024], digest_size=16).digest()
+    for i in range(0, len(stream), 1024)
+  ]
+  expected = hashlib.blake2b(b''.join(digests), digest_size=16).hexdigest()
+  assert store.manifest.checksums['tokens'] == expected
+  fields = json.loads(whole[1]['manifest.json'])
+  found = fields.pop('checksum')
+  text = json.dumps(fields, sort_keys=True).encode()
+  assert found == hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+# --- The same bytes.
+
+
+@pytest.mark.parametrize(
+  'ranges',
+  [
+    [range(len(TEXTS))],
+    [range(40, 60), range(40)],
+    [[i] for i in reversed(range(len(TEXTS)))],
+  ],
+)
+def test_how_documents_are_cut_into_parts_does_not_matter(tmp_path, whole, ranges):
+  limits = dataclasses.replace(LIMITS, run_bytes=10**6, unit_files=100)
+  build(tmp_path / 's', parts(*ranges), limits=limits)
+  assert files(tmp_path / 's') == whole[1]
+  assert not os.path.exists(store_builder.work_folder(tmp_path / 's'))
+
+
+def test_an_iterable_gives_the_same_store(tmp_path, whole):
+  build(tmp_path / 's', lambda: (d for part in THREE for d in part.read()))
+  assert files(tmp_path / 's') == whole[1]
+
+
+def test_worker_processes_give_the_same_store(tmp_path, whole):
+  with jobs.Pool(2) as pool:
+    build(tmp_path / 'a', workers=pool)
+    build(tmp_path / 'b', parts(range(60)), workers=pool)
+  assert files(tmp_path / 'a') == whole[1]
+  assert files(tmp_path / 'b') == whole[1]
+
+
+@pytest.mark.slow
+def test_seven_workers_give_the_same_store(tmp_path, whole):
+  build(tmp_path / 's', workers=7)
+  assert files(tmp_path / 's') == whole[1]
+
+
+@pytest.mark.parametrize('ids_of_shards', [*itertools.permutations(range(3))])
+def test_shards_give_the_same_store_in_any_order(tmp_path, whole, ids_of_shards):
+  path = tmp_path / 's'
+  for i, shard in enumerate(ids_of_shards):
+    before = sorted(set(range(3)) - set(ids_of_shards[:i]))
+    assert store_builder.outstanding(path, 3) == before
+    manifest = build(path, shard_id=shard, num_shards=3)
+    assert (manifest is None) == (i < 2)
+  assert files(path) == whole[1]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['s', 's.lock']
+
+
+def test_shards_side_by_side(tmp_path, whole):
+  context = multiprocessing.get_context('spawn')
+  children = [
+    context.Process(target=build_shard, args=(str(tmp_path / 's'), i, 2))
+    for i in range(2)
+  ]
+  for child in children:
+    child.start()
+  for child in children:
+    child.join(60)
+    assert child.exitcode == 0
+  assert files(tmp_path / 's') == whole[1]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['s', 's.lock']
+
+
+# --- Kills, damage and a full disk.
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing but the test catches it."""
+
+
+def test_killed_at_every_write_it_goes_on_from_there(tmp_path, whole, monkeypatch):
+  """In process: the n-th write of a file does not happen, for every n."""
+  path, left, unit_writes = tmp_path / 's', [0], []
+  write_bytes, write = storage.write_bytes, store_builder._write
+
+  def dying(function):
+    def call(*args):
+      left[0] -= 1
+      if left[0] < 0:
+        raise Killed
+      return function(*args)
+
+    return call
+
+  perform = jobs.Job.perform
+
+  def record(self, stage, unit):
+    facts = perform(self, stage, unit)
+    unit_writes.append((stage, unit.name))
+    return facts
+
+  monkeypatch.setattr(storage, 'write_bytes', dying(write_bytes))
+  monkeypatch.setattr(store_builder, '_write', dying(write))
+  monkeypatch.setattr(jobs.Job, 'perform', record)
+  kills = 0
+  while True:
+    left[0] = 3  # as much as a unit writes, and a bit less: it must get on somewhere
+    left[0] += kills % 5
+    try:
+      build(path)
+      break
+    except Killed:
+      kills += 1
+      assert token_store.read_manifest(str(path)) is None or files(path) == whole[1]
+  assert kills > 10
+  assert len(unit_writes) == len(set(unit_writes)), 'no finished unit is done again'
+  assert files(path) == whole[1]
+
+
+def test_killed_while_it_clears_up(tmp_path, whole, monkeypatch):
+  path = tmp_path / 's'
+  with monkeypatch.context() as patch:
+    patch.setattr(jobs.Job, 'delete', lambda self: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+      build(path)
+  work = pathlib.Path(store_builder.work_folder(path))
+  assert (work / 'settings.json').exists()
+  assert build(path, lambda: 1 / 0) == token_store.read_manifest(str(path))
+  assert not work.exists() and files(path) == whole[1]
+
+
+def test_what_is_left_of_a_deleted_work_folder_does_not_count(tmp_path, whole):
+  path, folder = tmp_path / 's', pathlib.Path(store_builder.work_folder(tmp_path / 's'))
+  build(path, shard_id=0, num_shards=2)
+  (folder / 'settings.json').unlink()
+  for file in (folder / 'runs').iterdir():
+    file.unlink()
+  build(path)
+  assert files(path) == whole[1]
+
+
+def test_begun_for_other_documents(tmp_path, whole):
+  build(tmp_path / 's', parts(range(30), range(30, 60)), shard_id=0, num_shards=2)
+  with pytest.raises(errors.UserError, match='begun with other settings: documents'):
+    build(tmp_path / 's', shard_id=1, num_shards=2)
+  build(tmp_path / 's')
+  assert files(tmp_path / 's') == whole[1]
+
+
+def test_full_disk_leaves_nothing_that_passes_for_a_store(tmp_path, whole, monkeypatch):
+  def full(build, *args):
+    with storage.writing(build.path):
+      raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store_builder, '_write', full)
+    with pytest.raises(errors.Failure, match='disk is full'):
+      build(tmp_path / 's')
+  assert token_store.read_manifest(str(tmp_path / 's')) is None
+  build(tmp_path / 's')
+  assert files(tmp_path / 's') == whole[1]
+
+
+def test_files_deleted_before_the_end_are_missed(tmp_path, monkeypatch):
+  path = tmp_path / 's'
+  finish = store_builder._finish
+
+  def without_one(build):
+    (path / 'tokens' / 'c' / '1').unlink()
+    return finish(build)
+
+  monkeypatch.setattr(store_builder, '_finish', without_one)
+  with pytest.raises(errors.Failure, match=r'tokens has \d+ files.*\.building and run'):
+    build(path)
+
+
+def test_mixed_kinds(tmp_path):
+  mixed = ['text', {'targets': [4], 'bytes': 1}]
+  with pytest.raises(errors.UserError, match=r'different kinds .*\(targets, text\)'):
+    build(tmp_path / 's', mixed)
+
+
+# --- Slow: real kills, memory, Beam.
+
+KILLED = """
+import sys
+import toy_stores as t
+t.build(sys.argv[1], t.parts(*([i] for i in range(60))), workers=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [1, 2])
+def test_killed_five_times(tmp_path, whole, workers):
+  rng, kills, path = random.Random(workers), 0, tmp_path / 's'
+  args = [sys.executable, '-c', KILLED, str(path), str(workers)]
+  limits = (0.0, 0.3) if workers == 1 else (0.0, 1.5)
+  while kills < 5:
+    process = subprocess.Popen(args, cwd=os.path.dirname(__file__))
+    while process.poll() is None and not storage.exists(path.with_name('s.building')):
+      time.sleep(0.01)
+    time.sleep(rng.uniform(*limits))
+    assert process.poll() is None, 'it was built before it could be killed'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kills += 1
+  subprocess.run(args, cwd=os.path.dirname(__file__), check=True)
+  assert files(path) == whole[1]
+
+
+MEMORY = """
+import functools, resource, sys
+from palm_t5x.corpus import store_builder, token_store
+from palm_t5x.corpus.documents import Part
+import toy_stores
+
+def read(part, count):
+  for i in range(count):
+    yield f'{part} {i} ' + 'abcdefgh' * 120
+
+if __name__ == '__main__':
+  count = int(sys.argv[2])
+  parts = [Part(f'p{i}', functools.partial(read, i, count), 1) for i in range(2)]
+  store_builder.build(
+    sys.argv[1], parts, toy_stores.Bytes(), task='t', split='s',
+    limits=store_builder.Limits(run_bytes=8 << 20, unit_files=1),
+  )
+  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+  """Ten times the text in the same memory: what is sorted at a time is bounded."""
+  script, peaks = tmp_path / 'memory.py', []
+  script.write_text(MEMORY)
+  env = {**os.environ, 'PYTHONPATH': os.environ.get('PYTHONPATH', '') + os.pathsep}
+  env['PYTHONPATH'] += os.path.dirname(__file__)
+  for count in (4_000, 40_000):  # 32 MB and 320 MB of ids
+    args = [sys.executable, str(script), str(tmp_path / str(count)), str(count)]
+    done = subprocess.run(args, env=env, capture_output=True, text=True, check=True)
+    peaks.append(int(done.stdout))
+  assert peaks[1] < peaks[0] + 60, peaks
+
+
+@pytest.mark.slow
+def test_beam_gives_the_same_store(tmp_path, whole):
+  build(tmp_path / 's', runner=beam_runner.Beam('DirectRunner'))
+  assert files(tmp_path / 's') == whole[1]
+  assert not os.path.exists(store_builder.work_folder(tmp_path / 's'))
+
+
+def test_ids_of_the_toy_vocabulary():
+  assert ids('a') == [100, 1]
