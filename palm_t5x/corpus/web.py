@@ -11,22 +11,29 @@ import functools
 import re
 
 import lxml.etree
-import lxml.html
 
 from palm_t5x.corpus import documents
 
-# What is never text of the page.
-_DROPPED_TAGS = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+  return frozenset(text.split())
+
+
+# What is never text of the page, and does not end a paragraph.
+_DROPPED_INLINE = _names(
   'script style noscript template iframe object embed applet svg math canvas audio '
-  'video picture map nav header footer aside form button select option textarea input '
-  'dialog menu head title figure link meta base'.split()
+  'video picture map button select option textarea input head title link meta base'
 )
-_HEADINGS = frozenset('h1 h2 h3 h4 h5 h6'.split())
-_BLOCKS = _HEADINGS | frozenset(
+_DROPPED_BLOCKS = _names('nav footer aside form dialog menu')
+_HEADINGS = _names('h1 h2 h3 h4 h5 h6')
+_BLOCKS = _HEADINGS | _names(
   'p div section article main body html blockquote pre ul ol li dl dt dd table caption '
-  'thead tbody tfoot tr td th hr address details summary center fieldset'.split()
+  'thead tbody tfoot tr hr address details summary center fieldset figure figcaption '
+  'header'
 )
-_KEPT_SHORT = _HEADINGS | {'li', 'dt', 'dd', 'pre', 'td', 'th', 'caption'}
+_ITEMS = _names('li dt dd tr')  # stand together, and are judged together
+_KEPT_SHORT = _HEADINGS | _ITEMS | _names('pre caption')
+_PAGE = _names('html body main article')
 # Words of class and id attributes that say a part is not the page's own text.
 _DROPPED_ROLES = re.compile(
   r'(?:^|[\s_-])(?:cookies?|consent|gdpr|banner|popup|modal|newsletter|subscribe|'
@@ -35,132 +42,151 @@ _DROPPED_ROLES = re.compile(
   r'pagination|pager|widget|toolbar|skip|signup|login|copyright)(?:$|[\s_-])',
   re.IGNORECASE,
 )
-_DROPPED_ARIA = frozenset(
-  'navigation banner contentinfo complementary search dialog menu menubar alert'.split()
+_DROPPED_ARIA = _names(
+  'navigation banner contentinfo complementary search dialog menu menubar alert'
 )
-_MARKUP = re.compile(
-  r'<(?:!doctype\s+html|html|head|body|div|p|br|table|script|span|a\s+href|h[1-6])\b',
-  re.IGNORECASE,
+_BEGINS_AS_HTML = re.compile(
+  r'\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|div|p|table|article|'
+  r'section|main|h[1-6]|ul|ol|a|span|script|meta|link|title)\b',
+  re.IGNORECASE | re.DOTALL,
 )
-_SPACES = re.compile(r'[ \t\n\r\f\v\u00a0]+')
-_DEEPEST = 400  # nested elements; libxml2 itself stops at 255 or so
+_CLOSING = re.compile(r'</(?:p|div|a|li|h[1-6]|td|body|span)\s*>', re.IGNORECASE)
+_CLOSINGS = 5  # so many make HTML of a text that begins with something else
+_SPACES = re.compile('[ \t\n\r\f\v\u00a0]+')
 _NOT_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+_ENDS_SENTENCE = tuple('.!?…。！？”"»')  # noqa: RUF001 (full-width marks are meant)
 
 
 def is_html(text: str) -> bool:
-  """Whether a text looks like HTML: two or more of its usual tags near the beginning."""
-  found = _MARKUP.finditer(text, 0, 20_000)
-  return next(found, None) is not None and next(found, None) is not None
+  """Whether a text is HTML, by how it begins and by its closing tags."""
+  if '<' not in text[:20_000]:
+    return False
+  if _BEGINS_AS_HTML.match(text, 0, 20_000):
+    return True
+  found = _CLOSING.finditer(text, 0, 20_000)
+  return sum(1 for _ in zip(found, range(_CLOSINGS), strict=False)) == _CLOSINGS
 
 
 @functools.cache
 def _parser():
-  return lxml.html.HTMLParser(
-    encoding='utf-8', remove_comments=True, remove_pis=True, no_network=True
+  return lxml.etree.HTMLParser(
+    encoding='utf-8',
+    remove_comments=True,
+    remove_pis=True,
+    no_network=True,
+    huge_tree=True,  # else what is nested more than 255 deep ends the page
   )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Block:
-  """A run of text between two tags that begin or end a block."""
+  """The text between two tags that begin or end a block."""
 
   tag: str
-  pieces: list[str]
-  linked: int = 0  # characters inside links
+  pieces: list[str] = dataclasses.field(default_factory=list)
+  size: int = 0  # characters, white space at the ends of pieces left out
+  linked: int = 0  # those inside links
 
 
-def _hidden(element) -> bool:
+def _hidden(element, tag: str) -> bool:
   """Whether the attributes of an element say that it is not the page's own text."""
-  get = element.get
+  attributes = dict(element.items())
+  if not attributes or (len(attributes) == 1 and 'href' in attributes):
+    return False
+  get = attributes.get
+  names = f'{get("class", "")} {get("id", "")}'
+  # Not of the whole page: <body class="no-sidebar">.
+  if len(names) > 1 and tag not in _PAGE and _DROPPED_ROLES.search(names):
+    return True
   if get('hidden') is not None or get('aria-hidden') == 'true':
     return True
-  if (get('role') or '').lower() in _DROPPED_ARIA:
+  if get('role', '').lower() in _DROPPED_ARIA:
     return True
   style = get('style')
-  if style and 'display:none' in style.replace(' ', '').lower():
-    return True
-  # Not of the whole page: <body class="no-sidebar">.
-  if element.tag in ('body', 'html', 'article', 'main'):
-    return False
-  names = f'{get("class") or ""} {get("id") or ""}'
-  return len(names) > 1 and _DROPPED_ROLES.search(names) is not None
+  return bool(style) and 'display:none' in style.replace(' ', '').lower()
 
 
 def _blocks(root) -> list[_Block]:
   """The blocks of a page in order."""
-  blocks = [_Block('body', [])]
-
-  def add(text: str | None, links: int, pre: int) -> None:
-    if text:
-      blocks[-1].pieces.append(text if pre else _SPACES.sub(' ', text))
-      if links:
-        blocks[-1].linked += len(text.strip())
-
-  # Not recursive: a page may be nested deeper than Python's stack.
-  links = pre = depth = 0
+  block, stack = _Block('body'), []
+  blocks = [block]
+  links = pre = articles = 0
   skipped = None
-  stack = []
-  for event, element in lxml.etree.iterwalk(root, events=('start', 'end')):
+  walk = lxml.etree.iterwalk(root, events=('start', 'end'))
+  for event, element in walk:
     tag = element.tag
     if event == 'start':
-      depth += 1
-      if skipped is not None:
-        continue
-      if tag in _DROPPED_TAGS or depth > _DEEPEST or _hidden(element):
+      if (
+        tag in _DROPPED_INLINE
+        or tag in _DROPPED_BLOCKS
+        or (tag == 'header' and not articles)
+        or _hidden(element, tag)
+      ):
         skipped = element
+        walk.skip_subtree()
         continue
-      if tag == 'a':
-        links += 1
-      elif tag == 'pre':
-        pre += 1
-      if tag == 'br':
-        blocks[-1].pieces.append('\n')
-      elif tag in _BLOCKS:
-        stack.append(tag)
-        blocks.append(_Block(tag, []))
-      add(element.text, links, pre)
-      continue
-    depth -= 1
-    if skipped is not None and skipped is not element:
-      continue
-    if skipped is element:
-      skipped = None
-      if tag in _BLOCKS or tag in _DROPPED_TAGS:
-        blocks.append(_Block(stack[-1] if stack else 'body', []))
-    else:
-      if tag == 'a':
-        links -= 1
-      elif tag == 'pre':
-        pre -= 1
+      text = element.text
       if tag in _BLOCKS:
+        stack.append(tag)
+        block = _Block(tag)
+        blocks.append(block)
+        pre += tag == 'pre'
+        articles += tag in ('article', 'main')
+      elif tag == 'a':
+        links += 1
+      elif tag == 'br':
+        block.pieces.append('\n')
+      elif tag in ('td', 'th') and block.size:
+        block.pieces.append(' | ')
+    else:
+      text = element.tail
+      if skipped is element:
+        skipped = None
+        if tag in _BLOCKS or tag in _DROPPED_BLOCKS:
+          block = _Block(stack[-1] if stack else 'body')
+          blocks.append(block)
+      elif tag in _BLOCKS:
         stack.pop()
-        blocks.append(_Block(stack[-1] if stack else 'body', []))
-    add(element.tail, links, pre)
-  return blocks
+        pre -= tag == 'pre'
+        articles -= tag in ('article', 'main')
+        block = _Block(stack[-1] if stack else 'body')
+        blocks.append(block)
+      elif tag == 'a':
+        links -= 1
+    if text:
+      block.pieces.append(text if pre else _SPACES.sub(' ', text))
+      size = len(text.strip())
+      block.size += size
+      if links:
+        block.linked += size
+  return [block for block in blocks if block.size]
 
 
 def extract(page: str, max_link_density: float = 0.4, min_characters: int = 25) -> str:
   """The text of an HTML page: headings, paragraphs, lists, tables and code.
 
   Args:
-    page: HTML, whole or in pieces, well-formed or not.
+    page: HTML, whole or a piece, well-formed or not.
     max_link_density: a block is dropped where a larger share of its characters is
-      linked; list items together.
-    min_characters: shorter blocks are dropped, unless they are headings, list items,
-      cells or code; so are headings that nothing follows.
+      linked; the items of a list and the rows of a table together.
+    min_characters: shorter blocks are dropped, unless they are sentences, headings,
+      items, rows or code; so are headings that head nothing.
 
   Returns:
-    one line per block, a blank line between paragraphs; '' if there is no text.
+    its blocks with a blank line between them, items and rows on lines of their own;
+    '' if there is no text.
   """
   page = _NOT_XML.sub('', page)
   if not page.strip():
     return ''
   try:
-    root = lxml.html.document_fromstring(page.encode('utf-8', 'replace'), _parser())
-  except (lxml.etree.ParserError, lxml.etree.XMLSyntaxError):
+    root = lxml.etree.fromstring(page.encode('utf-8', 'replace'), _parser())
+  except lxml.etree.LxmlError:
     return ''
-  kept: list[tuple[str, str]] = []
-  for block in _without_link_lists(_blocks(root), max_link_density):
+  if root is None:  # nothing but comments
+    return ''
+  kept: list[tuple[str, str]] = []  # from the last block to the first
+  for block in reversed(_without_lists_of_links(_blocks(root), max_link_density)):
     text = ''.join(block.pieces)
     if block.tag == 'pre':
       text = text.strip('\n').rstrip()
@@ -169,40 +195,36 @@ def extract(page: str, max_link_density: float = 0.4, min_characters: int = 25) 
       text = '\n'.join(line for line in lines if line)
     if not text:
       continue
-    if len(text) < min_characters and block.tag not in _KEPT_SHORT:
+    if block.tag in _HEADINGS:
+      # A heading is kept for what it heads: not the end, nor a heading of its rank.
+      if not kept or (kept[-1][0] in _HEADINGS and kept[-1][0] <= block.tag):
+        continue
+    elif (
+      len(text) < min_characters
+      and block.tag not in _KEPT_SHORT
+      and not text.endswith(_ENDS_SENTENCE)
+    ):
       continue
-    kept.append((block.tag, text))
-  # A heading is kept for what it heads.
-  while kept and kept[-1][0] in _HEADINGS:
-    kept.pop()
-  result = []
-  for i, (tag, text) in enumerate(kept):
-    level = kept[i + 1][0] if i + 1 < len(kept) else ''
-    if tag in _HEADINGS and level in _HEADINGS and level <= tag:
-      continue
-    together = result and tag == before and tag in ('li', 'dt', 'dd', 'td', 'th')
-    result.append(f'{"" if not result else chr(10) if together else 2 * chr(10)}')
-    result.append(f'- {text}' if tag == 'li' else text)
+    kept.append((block.tag, f'- {text}' if block.tag == 'li' else text))
+  result, before = [], ''
+  for tag, text in reversed(kept):
+    if before:
+      result.append('\n' if tag == before and tag in _ITEMS else '\n\n')
+    result.append(text)
     before = tag
   return ''.join(result)
 
 
-def _without_link_lists(blocks: list[_Block], limit: float) -> list[_Block]:
-  """Drops blocks of links; items of one list are judged together."""
+def _without_lists_of_links(blocks: list[_Block], limit: float) -> list[_Block]:
   result, run = [], []
 
   def close():
-    size = sum(len(piece.strip()) for block in run for piece in block.pieces)
-    linked = sum(block.linked for block in run)
-    if not size or linked <= limit * size:
+    if sum(b.linked for b in run) <= limit * sum(b.size for b in run):
       result.extend(run)
     run.clear()
 
   for block in blocks:
-    if not any(piece.strip() for piece in block.pieces):
-      continue
-    items = {'li', 'td', 'th'}
-    if run and not (block.tag == run[-1].tag and block.tag in items):
+    if run and not (block.tag == run[-1].tag and block.tag in _ITEMS):
       close()
     run.append(block)
   close()
@@ -232,13 +254,32 @@ class StripMarkup:
     return document
 
 
+# In lower case. The words of the first are looked for in the whole page before its
+# lines are searched with the second.
+_BOILERPLATE_WORDS = (
+  'javascript',
+  'cookie',
+  'privacy policy',
+  'terms ',
+  'rights reserved',
+  'sign up for',
+  'subscribe to',
+  'click here',
+  'log in to',
+  'login to',
+  'share ',
+  'powered by',
+)
 _BOILERPLATE_LINE = re.compile(
-  r'javascript|cookies? (?:policy|settings|preferences|notice|consent)'
+  r'(?:enable|require|turn on|disable|without|support).{0,40}javascript'
+  r'|javascript.{0,40}(?:enable|disable|require|turned|browser|support)'
+  r'|cookies? (?:policy|settings|preferences|notice|consent)'
   r'|(?:use|uses|using|accept|enable|allow)(?: of| all| the| our| your)* cookies'
   r'|privacy policy|terms (?:of (?:use|service)|and conditions|& conditions)'
-  r'|all rights reserved|sign up for our|subscribe to our|click here to|log ?in to'
-  r'|share (?:this|on) (?:twitter|facebook|on|via)|powered by wordpress',
-  re.IGNORECASE,
+  r'|all rights reserved|sign up for our|subscribe to our|click here to'
+  r'|(?:log in|login) to (?:your|comment|continue|view)'
+  r'|share (?:this|on|via)\b.{0,20}(?:twitter|facebook|post|article|page|email|x\b)'
+  r'|powered by (?:wordpress|blogger|disqus)'
 )
 _LONG_LINE = 300  # characters; a longer one says more than the phrase in it
 
@@ -265,12 +306,18 @@ class DropBoilerplate:
     text = document.text
     if not self.curly_braces and '{' in text:
       return documents.Dropped('curly braces')
-    if 'lorem ipsum' in text.lower():
+    lower = text.lower()
+    if 'lorem ipsum' in lower:
       return documents.Dropped('lorem ipsum')
+    suspicious = any(word in lower for word in _BOILERPLATE_WORDS)
     kept, seen, dropped = [], set(), 0
     for line in text.split('\n'):
       bare = line.strip()
-      boilerplate = len(bare) <= _LONG_LINE and _BOILERPLATE_LINE.search(bare)
+      boilerplate = (
+        suspicious
+        and len(bare) <= _LONG_LINE
+        and _BOILERPLATE_LINE.search(bare.lower()) is not None
+      )
       # Short lines may well repeat: '}' in code, 'Yes.' in a play.
       if boilerplate or (len(bare) > 30 and bare in seen):
         dropped += len(bare)
