@@ -34,6 +34,8 @@ class Flag(NamedTuple):
   binds: str | None = None
 
 
+SHARDED = ('infer', 'cache')  # modes whose work several machines can share
+
 FLAGS = (
   Flag('gin_file', 'many', 'Gin file; repeat it, later ones win'),
   Flag('gin_bindings', 'many', "a line of Gin, as --gin_bindings='NAME = VALUE'"),
@@ -50,8 +52,9 @@ FLAGS = (
     ('train',),
     'skip_batches',
   ),
-  Flag('shard_id', int, 'which shard to do, from 0', ('infer',), 'shard_id'),
-  Flag('num_shards', int, 'into how many shards it is split', ('infer',), 'num_shards'),
+  Flag('shard_id', int, 'which shard to do, from 0', SHARDED, 'shard_id'),
+  Flag('num_shards', int, 'into how many shards it is split', SHARDED, 'num_shards'),
+  Flag('verify', bool, 'check what was built instead', ('cache',), 'verify'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
   Flag('search', bool, 'try ways to compile, rank them', ('precompile',), 'search'),
   Flag('coordinator_address', str, 'host:port of process 0, for several processes'),
