@@ -34,7 +34,8 @@ class Flag(NamedTuple):
   binds: str | None = None
 
 
-_SHARDED = ('infer', 'cache', 'corpus', 'vocab')
+# Modes whose work several machines can share.
+SHARDED = ('infer', 'cache', 'corpus', 'vocab')
 
 FLAGS = (
   Flag('gin_file', 'many', 'Gin file; repeat it, later ones win'),
@@ -52,8 +53,9 @@ FLAGS = (
     ('train',),
     'skip_batches',
   ),
-  Flag('shard_id', int, 'which shard to do, from 0', _SHARDED, 'shard_id'),
-  Flag('num_shards', int, 'into how many shards it is split', _SHARDED, 'num_shards'),
+  Flag('shard_id', int, 'which shard to do, from 0', SHARDED, 'shard_id'),
+  Flag('num_shards', int, 'into how many shards it is split', SHARDED, 'num_shards'),
+  Flag('verify', bool, 'check what was built instead', ('cache',), 'verify'),
   Flag('report', bool, 'the facts about finished sub-corpora', ('corpus',), 'report'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
   Flag('search', bool, 'try ways to compile, rank them', ('precompile',), 'search'),

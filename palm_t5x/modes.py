@@ -79,6 +79,13 @@ MODES = {
     'runs/describe.gin',
     '--gin_file=palm_540b.gin',
   ),
+  'cache': Mode(
+    'palm_t5x.commands.cache',
+    'cache',
+    'tokenise the text of a mixture ahead of training, on one machine or many',
+    'runs/cache.gin',
+    '--gin_file=palm_tiny.gin',
+  ),
   'precompile': Mode(
     'palm_t5x.precompile',
     'precompile',

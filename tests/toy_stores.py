@@ -5,7 +5,9 @@ Worker processes of the tests import this module, and so must find it quick to i
 
 import dataclasses
 import functools
+import os
 import pathlib
+import time
 
 import numpy as np
 
@@ -47,6 +49,7 @@ LIMITS = store_builder.Limits(run_bytes=1000, unit_bytes=2000, unit_files=2)
 
 def read(numbers):
   """The documents of a part; some are empty, one is there twice."""
+  time.sleep(float(os.environ.get('TOY_SECONDS', '0')))
   for i in numbers:
     yield TEXTS[i] if i % 2 else Document(str(i), TEXTS[i])
     if i % 10 == 0:

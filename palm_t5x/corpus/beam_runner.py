@@ -83,9 +83,9 @@ def run(
     # A side input is whole before any element meets it: that is the barrier.
     before = (
       pipeline
-      | f'{stage.name}: begin' >> beam.Create([stage])
+      | f'{stage.name}: begin' >> beam.Create([0])
       | f'{stage.name}: units'
-      >> beam.FlatMap(_units, job, beam.pvalue.AsSingleton(before))
+      >> beam.FlatMap(_units, job, stage, beam.pvalue.AsSingleton(before))
       | f'{stage.name}: spread' >> beam.Reshuffle()
       | f'{stage.name}: do' >> beam.Map(_perform, job, stage.name)
       | f'{stage.name}: count' >> beam.combiners.Count.Globally()
@@ -98,9 +98,9 @@ def run(
   return True
 
 
-def _units(stage: jobs.Stage, job: jobs.Job, before: int) -> list[jobs.Unit]:
+def _units(begin: int, job: jobs.Job, stage: jobs.Stage, before: int):
   """The units of a stage that are not done."""
-  del before
+  del begin, before
   done = job.done(stage.name)
   return [unit for unit in stage.units(job) if unit.name not in done]
 

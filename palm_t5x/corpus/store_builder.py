@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -222,8 +223,13 @@ def _stages(build, documents, vocabulary, job, workers, runner, progress):
     ]
   names = json.dumps([unit.name for unit in units])
   storage.write_bytes(job.path('tables', 'units.json'), names.encode())
+  units_of = lambda job: units
+  if runner is not None and parts is not None:
+    # Read by a worker: a cluster takes pipelines of few MB only.
+    storage.write_bytes(job.path('tables', 'units'), pickle.dumps(units))
+    units_of = functools.partial(_stored_units, build)
   tokenise = jobs.Stage(
-    'tokenise', lambda job: units, f'tokenising {label}', local=parts is None
+    'tokenise', units_of, f'tokenising {label}', local=parts is None
   )
   return [
     tokenise,
@@ -233,6 +239,10 @@ def _stages(build, documents, vocabulary, job, workers, runner, progress):
     ),
     jobs.Stage('finish', functools.partial(_finish_units, build)),
   ]
+
+
+def _stored_units(build: _Build, job: jobs.Job) -> list[jobs.Unit]:
+  return pickle.loads(_table(build, 'units'))
 
 
 def _groups(
