@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from palm_t5x import processes, utils
-from palm_t5x.corpus import plan, prepare, storage
+from palm_t5x.corpus import learning, plan, prepare, storage
 from palm_t5x.corpus.packing import SupervisedEvalReader, SupervisedReader
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
@@ -166,7 +166,7 @@ def learn_vocabulary(vocabulary: Any, cache_dir: str):
 
   def make():
     progress = None if processes.index() else PrepareProgress()
-    prepare.learn_vocabulary(vocabulary, cache_dir, progress=progress)
+    learning.learn_vocabulary(vocabulary, cache_dir, progress=progress)
 
   path = str(getattr(vocabulary, 'path', None) or cache_dir)
   if storage.is_remote(path) or storage.is_remote(cache_dir):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from palm_t5x.corpus import documents, jobs, prepare, vocabulary_sample
+from palm_t5x.corpus import documents, jobs, learning, vocabulary_sample
 from palm_t5x.corpus.vocabulary_sample import Source
 
 
@@ -26,7 +26,7 @@ def texts(kind, count):
 
 
 def test_sample_follows_the_weights(tmp_path):
-  sources = prepare.vocabulary_sources('fixture_mixture')
+  sources = learning.vocabulary_sources('fixture_mixture')
   sample = sample_of(sources, 20_000, tmp_path)
   code = [text for text in sample if '>>>' in text or 'def ' in text]
   size = lambda texts: sum(len(text.encode()) for text in texts)

@@ -1,14 +1,13 @@
 """`t5x corpus`: from raw dumps to a finished sub-corpus, and the facts about it."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from palm_t5x import places
 from palm_t5x.corpus import corpus_report, jobs, processed, sub_corpus
 from palm_t5x.corpus.token_store import only_builder
-from palm_t5x.errors import UserError
+from palm_t5x.errors import Failure, UserError
 from palm_t5x.progress import PrepareProgress
 
 
@@ -57,30 +56,44 @@ def corpus(
     return
   for function in before:
     function()
-  os.makedirs(places.corpus_dir(), exist_ok=True)
-  with only_builder(f'{output}.{shard_id}'):
+  if _make(definition, shares, settings, output, runner, workers, shard_id, num_shards):
+    _say(processed.read_manifest(output), output)
+  else:
+    print(
+      f'Shard {shard_id} of {num_shards} has done its part, and others are missing: '
+      'run them, then this command again.'
+    )
+
+
+def _make(
+  definition, shares, settings, output, runner, workers, shard_id, num_shards
+) -> bool:
+  """Does the stages; False if other shards have yet to do their part."""
+  whole = lambda: processed.read_manifest(output) is not None
+  with only_builder(output, shared=num_shards > 1):
     job = jobs.Job(output + '.work', settings)
     stages = sub_corpus.stages(definition, shares, job.folder, output)
-    workers = workers or os.cpu_count() or 1
-    if runner is not None:
-      runner(job, stages)
-    elif not jobs.run(
-      job,
-      stages,
-      workers=workers,
-      shard_id=shard_id,
-      num_shards=num_shards,
-      progress=PrepareProgress(),
-    ):
-      print(
-        f'Shard {shard_id} of {num_shards} has done its part, and others are missing: '
-        'run them, then this command again.'
-      )
-      return
-    manifest = sub_corpus.finish(definition, job, shares, output)
-    if num_shards == 1 or not jobs.others_alive(job, shard_id, num_shards):
-      shutil.rmtree(job.folder, ignore_errors=True)
-  _say(manifest, output)
+    try:
+      if runner is not None:
+        done = runner(job, stages)
+      else:
+        done = jobs.run(
+          job,
+          stages,
+          workers=workers or os.cpu_count() or 1,
+          shard_id=shard_id,
+          num_shards=num_shards,
+          progress=PrepareProgress(),
+          finished=whole,
+        )
+    except Failure:
+      # Another shard may have finished it and deleted what this one was reading.
+      if num_shards == 1 or not whole():
+        raise
+      done = True
+    if done:
+      job.delete()
+  return done
 
 
 def _is_finished(output: str, settings: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palm_t5x.corpus import prepare, readers, vocabulary_sample
+from palm_t5x.corpus import learning, readers, vocabulary_sample
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
@@ -42,15 +42,13 @@ def vocab(
     _say(vocabulary)
     return
   sample = _sources(sources)
-  pickles = not isinstance(sources, str) or not _is_registered(sources)
-  done = prepare.learn(
+  done = learning.learn(
     vocabulary,
     sample,
     sources if isinstance(sources, str) else ', '.join(sources),
     sample_bytes,
     progress=PrepareProgress(),
-    # Tasks' own Python functions stay in this process.
-    workers=(workers or os.cpu_count() or 1) if pickles else 1,
+    workers=workers or os.cpu_count() or 1,
     shard_id=shard_id,
     num_shards=num_shards,
   )
@@ -77,7 +75,7 @@ def _sources(sources: Any) -> list[vocabulary_sample.Source]:
       'of t5x tasks, or files such as raw/books).'
     )
   if isinstance(sources, str) and _is_registered(sources):
-    return prepare.vocabulary_sources(sources)
+    return learning.vocabulary_sources(sources)
   if isinstance(sources, str):
     sources = [path.strip() for path in sources.split(',')]
   weights = sources if isinstance(sources, Mapping) else dict.fromkeys(sources)

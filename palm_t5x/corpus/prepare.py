@@ -1,15 +1,9 @@
-"""Makes ready what training reads: the vocabulary and one token store per task.
+"""Makes ready what training reads: one token store per task.
 
-Both are made once and kept under the cache directory; later runs open them.
+They are made once and kept under the cache directory; later runs open them.
 """
 
-import contextlib
 import difflib
-import functools
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 import seqio
@@ -17,18 +11,12 @@ import seqio
 from palm_t5x import errors
 from palm_t5x.corpus import (
   codec,
-  documents,
-  jobs,
   sources,
   storage,
   store_builder,
   token_store,
-  vocabulary_sample,
 )
 from palm_t5x.corpus import vocabulary as vocabulary_lib
-
-MIN_SAMPLE_BYTES = 4_000_000  # of text to learn a vocabulary from, or
-SAMPLE_BYTES_PER_PIECE = 1_000  # this many for each piece, if that is more
 
 
 def mixture_or_task(name) -> seqio.Task | seqio.Mixture:
@@ -212,7 +200,7 @@ def build_store(
     parts = None
     if sources.is_plain_text(task) and not use_cached:
       parts = task.source.parts(split)
-    return parts or _documents(task, split, vocabulary, use_cached)
+    return parts or examples(task, split, vocabulary, use_cached)
 
   return store_builder.build(
     path, documents, vocabulary, task=task.name, split=split, seed=seed, **how
@@ -240,7 +228,7 @@ def _check_vocabulary(task: seqio.Task, vocabulary) -> None:
       )
 
 
-def _documents(task, split, vocabulary, use_cached=False):
+def examples(task, split, vocabulary, use_cached=False):
   """What `store_builder.build` wants: texts, or examples that SeqIO has tokenised."""
   if sources.is_plain_text(task) and not use_cached:
     yield from task.source.documents(split)
@@ -274,147 +262,3 @@ def _example(name: str, example: dict, vocabulary) -> dict:
   if not isinstance(text, bytes):
     text = vocabulary.decode(document['targets'].tolist()).encode()
   return {**document, 'bytes': len(text)}
-
-
-def learn_vocabulary(
-  vocabulary: seqio.Vocabulary,
-  cache_dir: str | None = None,
-  *,
-  sample_bytes: int | None = None,
-  progress=None,
-) -> seqio.Vocabulary:
-  """Learns the vocabulary's file if it is missing and says what to learn it from.
-
-  From a sample of the training split of `vocabulary.learn_from`, in the mixture's
-  proportions and in a fixed order, so that the result is the same every time.
-
-  Args:
-    vocabulary: any; only a SentencePieceVocabulary with `learn_from` is ever learned.
-    cache_dir: where its file lies if its path is relative and it was given no
-      cache_dir of its own.
-    sample_bytes: how much text; by default 4 MB, or 1 kB per piece if that is more.
-    progress: called as progress(label, done, total) as text is drawn and learned from.
-
-  Returns:
-    `vocabulary`, whose file now exists if it could be learned.
-
-  Raises:
-    UserError: nothing to learn from, or no `vocab_size`.
-  """
-  if cache_dir and getattr(vocabulary, 'cache_dir', cache_dir) is None:
-    vocabulary.cache_dir = cache_dir
-  name = getattr(vocabulary, 'learn_from', None)
-  if name is None or vocabulary.exists():
-    return vocabulary
-  sample = vocabulary_sources(name)
-  if not learn(vocabulary, sample, name, sample_bytes, progress=progress):
-    raise AssertionError('one shard does the whole job')
-  return vocabulary
-
-
-def vocabulary_sources(name: str) -> list[vocabulary_sample.Source]:
-  """What a vocabulary can be learned from: the tasks of a mixture, by weight."""
-  return [
-    vocabulary_sample.Source(task.name, weight, _text_parts(task))
-    for task, weight in tasks_and_weights(name, 'train')
-  ]
-
-
-def learn(
-  vocabulary: vocabulary_lib.SentencePieceVocabulary,
-  sample: list[vocabulary_sample.Source],
-  note: str,
-  sample_bytes: int | None = None,
-  *,
-  progress=None,
-  **how,
-) -> bool:
-  """Draws text and learns the vocabulary's missing file from it.
-
-  Args:
-    vocabulary: it must know its `vocab_size`.
-    sample: where to draw from.
-    note: what that is called, in the manifest and in messages.
-    sample_bytes: see `learn_vocabulary`.
-    progress: see `learn_vocabulary`.
-    **how: workers, shard_id and num_shards, as in `jobs.run`.
-
-  Returns:
-    whether it was learned; False where other shards have yet to draw their text.
-
-  Raises:
-    UserError: there is no text, or no `vocab_size`.
-  """
-  if not vocabulary.has_size:
-    raise errors.UserError(
-      f'To learn {vocabulary.path} from {note}, the vocabulary needs its vocab_size.'
-    )
-  size = vocabulary.vocab_size
-  budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
-  drawn = f'{vocabulary.path}.sample'
-  with (
-    token_store.only_builder(f'{vocabulary.path}.{how.get("shard_id", 0)}'),
-    _local_folder(drawn) as folder,
-  ):
-    if vocabulary.exists():
-      return True
-    job = jobs.Job(folder, {'sources': _facts(sample), 'sample_bytes': budget})
-    stage = vocabulary_sample.stage(sample, budget, folder)
-    if not jobs.run(job, [stage], progress=progress, **how):
-      return False
-    texts = vocabulary_sample.first(vocabulary_sample.texts(sample, budget, folder))
-    if texts is None:
-      raise errors.UserError(
-        f"'{note}' has no text in its split 'train': there is nothing to learn a "
-        'vocabulary from. Check where it reads its files from.'
-      )
-    if progress:
-      progress(f'learning {size:,} pieces from {note}', 0, 0)
-    vocabulary_lib.train(
-      texts,
-      vocabulary.path,
-      size,
-      model_type=vocabulary.model_type,
-      character_coverage=vocabulary.character_coverage,
-      note=note,
-    )
-  return True
-
-
-def _facts(sample: list[vocabulary_sample.Source]) -> list:
-  return [
-    [source.name, source.weight, [(part.name, part.num_bytes) for part in source.parts]]
-    for source in sample
-  ]
-
-
-@contextlib.contextmanager
-def _local_folder(path: str):
-  """A folder for the drawn text, kept after a failure so that drawing can go on."""
-  if storage.is_remote(path):
-    with tempfile.TemporaryDirectory() as folder:
-      yield folder
-    return
-  yield path
-  if not os.path.exists(path.removesuffix('.sample')):
-    return  # other shards are not done
-  shutil.rmtree(path, ignore_errors=True)
-
-
-def _text_parts(task: seqio.Task) -> list[documents.Part]:
-  """The training text of a task: its own parts, or all of it as one."""
-  parts = getattr(task.source, 'parts', None)
-  if sources.is_plain_text(task) and parts is not None and parts('train') is not None:
-    return parts('train')
-  return [documents.Part('all', functools.partial(_texts, task))]
-
-
-def _texts(task: seqio.Task) -> Iterator[str]:
-  if sources.is_plain_text(task):
-    yield from task.source.documents('train')
-    return
-  # Bytes as ids, so that a task's preprocessors run before there is a vocabulary.
-  stand_in = seqio.ByteVocabulary()
-  for example in _documents(task, 'train', stand_in):
-    for key in ('inputs', 'targets'):
-      yield stand_in.decode(np.append(example.get(key, []), 1).astype(int).tolist())

@@ -13,7 +13,7 @@ from palm_t5x.corpus import documents
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 256 << 20  # what one worker reads at a time, roughly
+PART_BYTES = 64 << 20  # what one worker reads at a time, roughly
 _FILES_OF_A_PART = 20_000
 _PLACES_SHOWN = 5
 _BOM = b'\xef\xbb\xbf'

@@ -9,8 +9,7 @@ Its stages (`jobs.Stage`) are:
   near ...     near-duplicates, where asked for (near_duplicates)
   write        one unit per share: what is left, split into training and validation
                files, with the facts that the report is made of
-
-and then manifest.json is written, which is what makes it a sub-corpus.
+  finish       the report and, last, manifest.json, which makes it a sub-corpus
 """
 
 import dataclasses
@@ -177,7 +176,16 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     chain.append(jobs.Stage('unique', unique_units, 'leaving out duplicates'))
     files = [unique(i) for i in every]
     chain += near_duplicates.stages(files, near, corpus.near_duplicates)
-  return [*chain, jobs.Stage('write', write, f'writing {corpus.name}')]
+
+  def finish(job):
+    args = (corpus, job.folder, tuple(shares), output)
+    return [jobs.Unit('all', _finish, args)]
+
+  return [
+    *chain,
+    jobs.Stage('write', write, f'writing {corpus.name}'),
+    jobs.Stage('finish', finish, 'reporting'),
+  ]
 
 
 def _size(share: Share) -> int:
@@ -285,10 +293,9 @@ def settings(corpus: SubCorpus, shares: Sequence[Share]) -> dict[str, Any]:
   }
 
 
-def finish(
-  corpus: SubCorpus, job: jobs.Job, shares: Sequence[Share], output: str
-) -> processed.Manifest:
-  """Writes the facts, the report and, last, the manifest of a sub-corpus."""
+def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
+  """Unit of 'finish'."""
+  job = jobs.Job(folder)
   read = [job.facts_of('read', share.name) for share in shares]
   written = [job.facts_of('write', share.name) for share in shares]
   counts, tally = records.Counts(), facts.Tally()
@@ -325,7 +332,6 @@ def finish(
   )
   corpus_report.write(output, manifest, tally)
   processed.write_manifest(output, manifest)
-  return manifest
 
 
 def _split(written, split: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     vocab_size: how many ids there are; None reads it from the file. With it, the
       file is not needed to know the model's shape.
     learn_from: the mixture or task to learn the vocabulary from if there is no file
-      yet: see `prepare.learn_vocabulary`.
+      yet: see `learning.learn_vocabulary`.
     model_type: how it is then learned: 'unigram' or 'bpe'.
     character_coverage: the share of characters that are then learned as pieces; the
       rest are bytes.

@@ -60,8 +60,10 @@ def budgets(sources: Sequence[Source], sample_bytes: int) -> list[int]:
   return [max(1, int(sample_bytes * s.weight / total)) for s in sources]
 
 
-def stage(sources: Sequence[Source], sample_bytes: int, folder: str) -> jobs.Stage:
-  """The stage that draws the sample."""
+def stage(
+  sources: Sequence[Source], sample_bytes: int, folder: str, local: bool = False
+) -> jobs.Stage:
+  """The stage that draws the sample; `local` if the parts do not pickle."""
 
   def units(job):
     del job
@@ -72,7 +74,7 @@ def stage(sources: Sequence[Source], sample_bytes: int, folder: str) -> jobs.Sta
       for unit in source.units(number, budget, folder)
     ]
 
-  return jobs.Stage('sample', units, 'drawing text')
+  return jobs.Stage('sample', units, 'drawing text', local)
 
 
 def _draw(part, name: str, limit: float, budget: int, path: str) -> dict[str, int]:
