@@ -29,7 +29,7 @@ def cache(
   vocabulary: Any,
   cache_dir: str,
   splits: Sequence[str] = ('train', 'validation'),
-  seed: int = 0,
+  seed: int | None = 0,
   use_cached: bool = False,
   workers: int | None = None,
   shard_id: int = 0,
@@ -44,7 +44,7 @@ def cache(
     vocabulary: to tokenise it with; learned first if it is missing and says from what.
     cache_dir: the stores lie in <cache_dir>/token_stores.
     splits: of the tasks; those that no task has are passed over.
-    seed: of the documents' order: the seed that the run trains with.
+    seed: of the documents' order: the seed that the run trains with; None means 0.
     use_cached: read SeqIO's own cache of a task where there is one.
     workers: processes of this machine; None: one for each core.
     shard_id, num_shards: this machine's share of the work; all shards run the same
@@ -62,6 +62,7 @@ def cache(
   from palm_t5x import datasets
   from palm_t5x.corpus import jobs
 
+  seed = seed or 0
   if workers is None:
     workers = (
       len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()

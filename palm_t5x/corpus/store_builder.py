@@ -41,7 +41,7 @@ class Limits:
   unit_files: int = 8
 
 
-_LAYOUT, _LIMITS = Layout(), Limits()
+LAYOUT, LIMITS = Layout(), Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,8 @@ def build(
   shard_id: int = 0,
   num_shards: int = 1,
   runner: Callable[[jobs.Job, Sequence[jobs.Stage]], bool] | None = None,
-  layout: Layout = _LAYOUT,
-  limits: Limits = _LIMITS,
+  layout: Layout | None = None,
+  limits: Limits | None = None,
 ) -> Manifest | None:
   """Tokenises documents into a store at `path`; a whole store there is kept as it is.
 
@@ -101,7 +101,7 @@ def build(
     workers: processes of this machine, or a pool of them.
     shard_id, num_shards: this machine's share of the work, see `jobs.run`.
     runner: does the stages instead of `jobs.run`, such as `beam_runner.Beam`.
-    layout, limits: sizes of files and units.
+    layout, limits: sizes of files and units; None: `LAYOUT` and `LIMITS`.
 
   Returns:
     the manifest, or None if other shards have yet to do their part.
@@ -124,7 +124,8 @@ def build(
     documents = documents() if callable(documents) else documents
     order = store_runs.Order(seed, task, split, _bits(documents))
     known = (codec.hash_of(vocabulary), vocabulary.vocab_size, vocabulary.eos_id)
-    to_build = _Build(path, work, order, layout, limits, known[0], *map(int, known[1:]))
+    sizes = (layout or LAYOUT, limits or LIMITS)
+    to_build = _Build(path, work, order, *sizes, known[0], *map(int, known[1:]))
     job = _job(to_build, documents, num_shards)
     try:
       stages = _stages(to_build, documents, vocabulary, job, workers, runner, progress)
