@@ -21,7 +21,7 @@ import palm_t5x.mixtures.pretrain  # noqa: F401  (registers the tasks)
 import seqio
 import tensorflow as tf
 
-from palm_t5x.corpus import store_builder, token_store
+from palm_t5x.corpus import learning, store_builder, token_store
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import MixtureReader
 

@@ -108,7 +108,8 @@ def tolerant(
       counts.documents += 1
       # The bytes of ASCII text are its characters: no need to encode it.
       text = item.text
-      counts.text_bytes += len(text) if text.isascii() else len(text.encode())
+      size = len(text) if text.isascii() else len(text.encode(errors='replace'))
+      counts.text_bytes += size
       yield item
       continue
     which = counts.ignored if isinstance(item, Ignored) else counts.broken
