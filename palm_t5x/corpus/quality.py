@@ -219,7 +219,13 @@ def train(
     'held_out': _held_out(y[held_out], scores),
   }
   _write(path, weights, manifest)
-  logger.info('quality model: %s', manifest['held_out'])
+  told = manifest['held_out']
+  logger.info(
+    'trained the quality classifier in %s: AUC %.3f on %d documents held out',
+    path,
+    told['auc'],
+    told['documents'],
+  )
   return manifest
 
 
@@ -378,6 +384,11 @@ class QualityStep:
       )
     if not self.alpha > 0:
       raise errors.UserError(f'QualityStep.alpha = {self.alpha}: it must be above 0.')
+
+  def settings(self) -> dict[str, Any]:
+    """What the outcome depends on: the model itself, wherever it lies."""
+    values = {**dataclasses.asdict(self), 'model': load(self.path).manifest}
+    return {k: v for k, v in values.items() if k != 'path'}
 
   def __call__(
     self, document: documents.Document
