@@ -21,7 +21,7 @@ import palm_t5x.mixtures.pretrain  # noqa: F401  (registers the tasks)
 import seqio
 import tensorflow as tf
 
-from palm_t5x.corpus import prepare, store_builder, token_store
+from palm_t5x.corpus import learning, store_builder, token_store
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.corpus.reader import MixtureReader
 
@@ -98,7 +98,7 @@ def main():
     vocabulary = vocabulary_lib.SentencePieceVocabulary(
       os.path.join(folder, 'v.model'), vocab_size=4096, learn_from='palm_tiny'
     )
-    prepare.learn_vocabulary(vocabulary, folder)
+    learning.learn_vocabulary(vocabulary, folder)
     theirs = seqio.SentencePieceVocabulary(vocabulary.path)  # the same pieces, tf-text
     path = os.path.join(folder, 'store')
     store_builder.build(path, texts, vocabulary, task=TASK, split='train')

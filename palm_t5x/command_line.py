@@ -34,7 +34,8 @@ class Flag(NamedTuple):
   binds: str | None = None
 
 
-SHARDED = ('infer', 'cache')  # modes whose work several machines can share
+# Modes whose work several machines can share.
+SHARDED = ('infer', 'cache', 'corpus', 'vocab')
 
 FLAGS = (
   Flag('gin_file', 'many', 'Gin file; repeat it, later ones win'),
@@ -55,6 +56,7 @@ FLAGS = (
   Flag('shard_id', int, 'which shard to do, from 0', SHARDED, 'shard_id'),
   Flag('num_shards', int, 'into how many shards it is split', SHARDED, 'num_shards'),
   Flag('verify', bool, 'check what was built instead', ('cache',), 'verify'),
+  Flag('report', bool, 'the facts about finished sub-corpora', ('corpus',), 'report'),
   Flag('show', str, 'the task or mixture to show in full', ('tasks',), 'names'),
   Flag('search', bool, 'try ways to compile, rank them', ('precompile',), 'search'),
   Flag('coordinator_address', str, 'host:port of process 0, for several processes'),

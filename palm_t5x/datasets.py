@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from palm_t5x import processes, utils
-from palm_t5x.corpus import prepare, storage
+from palm_t5x.corpus import learning, plan, prepare, storage
 from palm_t5x.corpus.packing import SupervisedEvalReader, SupervisedReader
 from palm_t5x.corpus.reader import EvalReader, MixtureReader, Prefetcher
 from palm_t5x.corpus.sampling import BatchSchedule
@@ -73,6 +73,7 @@ class TrainDataset:
     self.reader = _train_reader(self.stores, cfg, seed)
     self.length = self.reader.length
     self._batch_size, self._skip_batches = cfg.batch_size, tuple(skip_batches)
+    self._allow_repeats = cfg.allow_repeats
     self.move_to(position or Position())
     self._say_what_came_too_late()
 
@@ -115,6 +116,17 @@ class TrainDataset:
     """The batch size that the schedule changes to after `step`, if it does."""
     return self._schedule.next_size(step)
 
+  def check_repeats(self, total_steps: int):
+    """Refuses a run of so many steps that would read text twice, unless it may.
+
+    Raises:
+      UserError: naming each sub-corpus that is too short; see `plan.check`.
+    """
+    if not self._allow_repeats:
+      weights = {name: weight for name, _, weight in self.stores}
+      rows, examples = self.reader.rows_available, self._schedule.offset(total_steps)
+      plan.check(plan.shares(weights, rows, self.length, examples))
+
   @property
   def bytes_per_token(self) -> float:
     """UTF-8 bytes of text per token, averaged with the mixture's weights."""
@@ -154,7 +166,7 @@ def learn_vocabulary(vocabulary: Any, cache_dir: str):
 
   def make():
     progress = None if processes.index() else PrepareProgress()
-    prepare.learn_vocabulary(vocabulary, cache_dir, progress=progress)
+    learning.learn_vocabulary(vocabulary, cache_dir, progress=progress)
 
   path = str(getattr(vocabulary, 'path', None) or cache_dir)
   if storage.is_remote(path) or storage.is_remote(cache_dir):

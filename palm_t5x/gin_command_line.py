@@ -14,7 +14,7 @@ from palm_t5x import gin_files
 from palm_t5x.errors import UserError
 
 # Macros the command itself reads: legal on the command line whatever the files say.
-OWN_MACROS = ('NPROC', 'CACHE_DIR', 'DATA_DIR', 'HEARTBEAT_TIMEOUT')
+OWN_MACROS = ('NPROC', 'CACHE_DIR', 'CORPUS_DIR', 'DATA_DIR', 'HEARTBEAT_TIMEOUT')
 
 _NAME = re.compile(r'^(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*$')
 _STATEMENT = re.compile(r'^\s*(import|from|include)\s')

@@ -427,10 +427,11 @@ def load(
 ) -> Loader:
   """Reads files, then `--gin_bindings` statements, then bindings; later ones win.
 
-  The command's own macros (NPROC, DATA_DIR, CACHE_DIR) have a value before any file.
+  The command's own macros (NPROC, CACHE_DIR, ...) have a value before any file.
   """
   loader = Loader(search or gin_files.SearchPath(), texts)
-  for name, value in (('NPROC', None), ('DATA_DIR', None), ('CACHE_DIR', cache_dir())):
+  own = {'NPROC': None, 'DATA_DIR': None, 'CORPUS_DIR': None, 'CACHE_DIR': cache_dir()}
+  for name, value in own.items():
     gin.bind_parameter((name, 'gin.macro', 'value'), value)
   for name in files:
     loader.load_file(name)

@@ -21,6 +21,7 @@ from palm_t5x import (
   environment,
   joining,
   peers,
+  places,
   processes,
   quiet_imports,
 )
@@ -145,6 +146,8 @@ def configure(options: command_line.Options) -> tuple[Any, Any]:
 
   quiet_imports.install()
   environment.prepare(_nproc(scan), scan.value('CACHE_DIR'), options.jax)
+  corpora = os.path.join(environment.cache_dir(scan.value('CACHE_DIR')), 'corpus')
+  places.use(scan.value('DATA_DIR'), scan.value('CORPUS_DIR') or corpora)
   if mode.compiles_only:
     environment.compile_only(scan.value('TOPOLOGY'), scan.value('NUM_SLICES'))
   _configure_logging(options.values.get('verbosity'))

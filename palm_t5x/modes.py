@@ -94,6 +94,21 @@ MODES = {
     '--gin_file=palm_540b.gin',
     compiles_only=True,
   ),
+  'vocab': Mode(
+    'palm_t5x.commands.vocab',
+    'vocab',
+    'learn a lossless SentencePiece vocabulary from a sample of text',
+    'runs/vocab.gin',
+    '--gin_file=corpus/palm_256k.gin --gin.SOURCES=my/texts',
+  ),
+  'corpus': Mode(
+    'palm_t5x.commands.corpus',
+    'corpus',
+    'filter, deduplicate and label raw files; --report: the facts about the result',
+    'runs/corpus.gin',
+    '--gin_file=corpus/books.gin --data_dir=raw/books',
+    files=('runs/corpus.gin',),
+  ),
   'tasks': Mode(
     'palm_t5x.commands.tasks',
     'tasks',

@@ -9,10 +9,10 @@ from typing import Any
 
 REMEDY = (
   'Start all with the same Gin files, --gin bindings, code, versions and NPROC; only '
-  'CACHE_DIR, DATA_DIR and VOCABULARY_PATH may differ.'
+  'CACHE_DIR, CORPUS_DIR, DATA_DIR and VOCABULARY_PATH may differ.'
 )
 # Each host may have its own disks; what is read there is compared by its contents.
-_PLACES = ('CACHE_DIR', 'DATA_DIR', 'VOCABULARY_PATH')
+_PLACES = ('CACHE_DIR', 'CORPUS_DIR', 'DATA_DIR', 'VOCABULARY_PATH')
 
 
 def facts(config: Mapping[tuple[str, str], Mapping[str, Any]], jax_flags) -> dict:

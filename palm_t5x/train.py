@@ -129,9 +129,8 @@ def train(
   data = datasets.TrainDataset(
     train_dataset_cfg, model.output_vocabulary, cache_dir, seed, position, skip_batches
   )
-  trainer = _trainer(
-    trainer_cls, initializer, state, model_dir, seed, train_dataset_cfg
-  )
+  data.check_repeats(total_steps)
+  trainer = _trainer(trainer_cls, initializer, state, model_dir, seed, cfgs[0])
   reporter = Reporter(
     model_dir, total_steps, start, data.bytes_per_token, model, data.length, partitioner
   )

@@ -41,6 +41,7 @@ class DatasetConfig:
     module: accepted for T5X's MIXTURE_OR_TASK_MODULE: imported for its registrations.
     use_memory_cache: keep an evaluation task's examples in memory.
     trim_output_features: cut features to their lengths.
+    allow_repeats: whether training may read a task's text more than once.
   """
 
   mixture_or_task_name: Any
@@ -55,6 +56,7 @@ class DatasetConfig:
   module: str | None = None
   use_memory_cache: bool = True
   trim_output_features: bool = True
+  allow_repeats: bool = True
 
   def __post_init__(self):
     if self.module:

@@ -149,7 +149,7 @@ def test_corpus_does_without_jax():
 
 
 def test_tasks_import_seqio_and_the_domains_only():
-  allowed = {'corpus', 'fewshot', 'tasks', 'mixtures', 'errors'}
+  allowed = {'corpus', 'fewshot', 'tasks', 'mixtures', 'errors', 'places'}
   for path in python_files('tasks', 'mixtures'):
     assert ours(path) <= allowed, path
     used = {name.split('.')[0] for name in imports(path)}

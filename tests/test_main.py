@@ -17,7 +17,7 @@ from palm_t5x.errors import Failure, UserError
 # Settings are Gin's. A flag is added here only by a decision in the design.
 FROZEN_FLAGS = """
   gin_file gin_bindings gin_search_paths dry_run run_mode data_dir tfds_data_dir
-  seqio_additional_cache_dirs skip_batches shard_id num_shards verify show search
+  seqio_additional_cache_dirs skip_batches shard_id num_shards verify report show search
   coordinator_address process_count process_index initialization_timeout
   multiprocess_gpu verbosity logtostderr alsologtostderr showprefixforinfo
   stderrthreshold log_dir

@@ -11,7 +11,7 @@ import tensorflow as tf
 from palm_t5x.tasks import text_files
 
 from palm_t5x import errors
-from palm_t5x.corpus import prepare, sources, vocabulary
+from palm_t5x.corpus import learning, prepare, sources, vocabulary
 
 
 @pytest.fixture(scope='module')
@@ -185,28 +185,20 @@ def test_vocabulary_is_learned_once(tmp_path):
     '{learn_from}.model', 400, learn_from='fixture_mixture', cache_dir=str(tmp_path)
   )
   calls = []
-  learned = prepare.learn_vocabulary(make(), progress=lambda *c: calls.append(c))
+  learned = learning.learn_vocabulary(make(), progress=lambda *c: calls.append(c))
   assert calls and learned.codec.size == 400
   before = (tmp_path / 'fixture_mixture.model').stat().st_mtime_ns
-  prepare.learn_vocabulary(make())
+  learning.learn_vocabulary(make())
   assert (tmp_path / 'fixture_mixture.model').stat().st_mtime_ns == before
-  other = prepare.learn_vocabulary(make(), cache_dir='/nowhere')
+  other = learning.learn_vocabulary(make(), cache_dir='/nowhere')
   assert other.hash == learned.hash
 
 
 def test_vocabulary_is_learned_from_a_pipeline_too(tmp_path):
   _add('learned_from', texts=['the words of a text'] * 50)
   learned = vocabulary.SentencePieceVocabulary('v', 300, learn_from='learned_from')
-  prepare.learn_vocabulary(learned, str(tmp_path))
+  learning.learn_vocabulary(learned, str(tmp_path))
   assert min(learned.encode('the words of a text')) > vocabulary.NEWLINE_ID
-
-
-def test_sample_follows_the_weights():
-  sample = prepare._sample('fixture_mixture', 20_000)
-  code = [text for text in sample if '>>>' in text or 'def ' in text]
-  size = lambda texts: sum(len(text.encode()) for text in texts)
-  assert size(sample) == pytest.approx(20_000, rel=0.01)
-  assert size(code) / size(sample) == pytest.approx(0.3, abs=0.03)
 
 
 def split_texts(split):
@@ -266,7 +258,7 @@ def test_text_files_train_first_time(tmp_path, vocab):
   learned = vocabulary.SentencePieceVocabulary(
     '{learn_from}-{vocab_size}.model', 512, learn_from=name, cache_dir=str(tmp_path)
   )
-  prepare.learn_vocabulary(learned)
+  learning.learn_vocabulary(learned)
   assert learned.path != str(tmp_path / 'text_files-512.model')
   ((_, before, _),) = prepare.prepare(name, 'train', learned, tmp_path)
   ((_, held, _),) = prepare.prepare(name, 'validation', learned, tmp_path)

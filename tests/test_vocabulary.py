@@ -1,12 +1,15 @@
 """The vocabulary: lossless for every string, fixed ids, the same bytes every time."""
 
 import copy
+import pathlib
 import pickle
+import sysconfig
 
 import fixture_tasks
 import hypothesis
 import numpy as np
 import pytest
+import sentencepiece
 import seqio
 import tensorflow as tf
 from hypothesis import strategies as st
@@ -43,6 +46,44 @@ def test_every_text_comes_back(text):
   assert vocab.decode(ids) == text
   assert vocab.encode_batch([text])[0].tolist() == list(ids)
   assert not {0, 1, 2} & set(ids)
+
+
+def test_every_character_of_unicode_comes_back(vocab):
+  points = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+  texts = [''.join(points[i : i + 8192]) for i in range(0, len(points), 8192)]
+  for text, ids in zip(texts, vocab.encode_batch(texts), strict=True):
+    assert vocab.decode(ids) == text
+    assert ids.min() > 2
+
+
+def _plain(vocab):
+  """SentencePiece's own processor of the same file, with none of our code."""
+  return sentencepiece.SentencePieceProcessor(model_file=vocab.path)
+
+
+@hypothesis.given(st.text() | st.text(alphabet='\u2581 ab1\n'))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_ids_are_those_of_sentencepiece_itself(text):
+  vocab = _shared()
+  mark = [3 + byte for byte in '\u2581'.encode()]
+  expected = []
+  for i, part in enumerate(text.split('\u2581')):
+    expected += (mark if i else []) + _plain(vocab).encode(part)
+  assert list(vocab.encode(text)) == expected
+
+
+@pytest.mark.slow
+def test_the_standard_library_comes_back(vocab):
+  """Every file of Python's own library, read as the text that it is."""
+  files = sorted(pathlib.Path(sysconfig.get_paths()['stdlib']).rglob('*.py'))
+  files = [f for f in files if 'site-packages' not in f.parts]
+  texts = [f.read_bytes().decode('utf-8', 'replace') for f in files]
+  assert len(texts) > 1000
+  plain = _plain(vocab)
+  for file, text, ids in zip(files, texts, vocab.encode_batch(texts), strict=True):
+    assert vocab.decode(ids) == text, file
+    if '\u2581' not in text:
+      assert plain.encode(text) == ids.tolist(), file
 
 
 _CACHE = []

@@ -1,16 +1,18 @@
-"""`t5x describe`: what a configuration is, from shapes alone.
+"""`t5x describe`: what a configuration is, from shapes and manifests alone.
 
-Parameters, memory, FLOPs and tokens by the paper's formulas (App. B). Opens no
-vocabulary, data, network or device beyond the machine's own CPU.
+Parameters, memory, FLOPs and tokens by the paper's formulas (App. B), and what a run
+will read of each sub-corpus. Opens no data, network or device beyond the machine's own
+CPU: of token stores that are there, the manifests only.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from palm_t5x import utils
+from palm_t5x import data_plan, utils
 from palm_t5x.checkpoints import param_count
 from palm_t5x.corpus.sampling import BatchSchedule
 from palm_t5x.metrics import carbon_tco2e
@@ -24,6 +26,8 @@ def describe(
   train_dataset_cfg: utils.DatasetConfig | None = None,
   partitioner: Any = None,
   total_steps: int | None = None,
+  cache_dir: str | None = None,
+  random_seed: int = 0,
   chip_hours: float | None = None,
   watts: float = 378.5,
   pue: float = 1.08,
@@ -36,6 +40,9 @@ def describe(
     train_dataset_cfg: gives sequence length and batch schedule.
     partitioner: gives the mesh that is asked for; no device is needed.
     total_steps: gives the training tokens.
+    cache_dir: where token stores lie; with it, tokens, epochs and languages of the
+      sub-corpora.
+    random_seed: the run's, of which the order in the stores derives.
     chip_hours: with it, the carbon estimate of the paper's App. B.
     watts, pue, tco2e_per_mwh: see metrics.carbon_tco2e; the paper's by default.
   """
@@ -55,6 +62,12 @@ def describe(
     facts['carbon estimate (tCO2e)'] = f'{carbon:.2f}'
   for name, value in facts.items():
     print(f'{name:42} {_text(value)}')
+  if cache_dir and train_dataset_cfg is not None and total_steps:
+    mixture = data_plan.of_run(
+      train_dataset_cfg, model.output_vocabulary, cache_dir, random_seed, total_steps
+    )
+    print('\n'.join(['', *data_plan.table(mixture)]))
+    facts['mixture'] = {share.name: dataclasses.asdict(share) for share in mixture}
   return facts
 
 

@@ -162,7 +162,7 @@ def read(path: str) -> Iterator[Document]:
     Failure: the file is missing or damaged.
   """
   try:
-    for line in _lines(path):
+    for line in lines(path):
       yield Document(**json.loads(line))
   except (OSError, ValueError, TypeError, zstandard.ZstdError) as e:
     raise errors.Failure(
@@ -171,7 +171,12 @@ def read(path: str) -> Iterator[Document]:
     ) from e
 
 
-def _lines(path: str) -> Iterator[bytes]:
+def lines(path: str) -> Iterator[bytes]:
+  """The lines of a zstd file, without their ends.
+
+  Raises:
+    ValueError: the file ends too early.
+  """
   frame, rest = zstandard.ZstdDecompressor().decompressobj(), b''
   with open(path, 'rb') as f:
     while data := f.read(_BUFFER):

@@ -1,6 +1,6 @@
-"""Makes ready what training reads: the vocabulary and one token store per task.
+"""Makes ready what training reads: one token store per task.
 
-Both are made once and kept under the cache directory; later runs open them.
+They are made once and kept under the cache directory; later runs open them.
 """
 
 import difflib
@@ -11,16 +11,12 @@ import seqio
 from palm_t5x import errors
 from palm_t5x.corpus import (
   codec,
-  sampling,
   sources,
   storage,
   store_builder,
   token_store,
 )
 from palm_t5x.corpus import vocabulary as vocabulary_lib
-
-MIN_SAMPLE_BYTES = 4_000_000  # of text to learn a vocabulary from, or
-SAMPLE_BYTES_PER_PIECE = 1_000  # this many for each piece, if that is more
 
 
 def mixture_or_task(name) -> seqio.Task | seqio.Mixture:
@@ -204,7 +200,7 @@ def build_store(
     parts = None
     if sources.is_plain_text(task) and not use_cached:
       parts = task.source.parts(split)
-    return parts or _documents(task, split, vocabulary, use_cached)
+    return parts or examples(task, split, vocabulary, use_cached)
 
   return store_builder.build(
     path, documents, vocabulary, task=task.name, split=split, seed=seed, **how
@@ -232,7 +228,7 @@ def _check_vocabulary(task: seqio.Task, vocabulary) -> None:
       )
 
 
-def _documents(task, split, vocabulary, use_cached=False):
+def examples(task, split, vocabulary, use_cached=False):
   """What `store_builder.build` wants: texts, or examples that SeqIO has tokenised."""
   if sources.is_plain_text(task) and not use_cached:
     yield from task.source.documents(split)
@@ -266,86 +262,3 @@ def _example(name: str, example: dict, vocabulary) -> dict:
   if not isinstance(text, bytes):
     text = vocabulary.decode(document['targets'].tolist()).encode()
   return {**document, 'bytes': len(text)}
-
-
-def learn_vocabulary(
-  vocabulary: seqio.Vocabulary,
-  cache_dir: str | None = None,
-  *,
-  sample_bytes: int | None = None,
-  progress=None,
-) -> seqio.Vocabulary:
-  """Learns the vocabulary's file if it is missing and says what to learn it from.
-
-  From a sample of the training split of `vocabulary.learn_from`, in the mixture's
-  proportions and in a fixed order, so that the result is the same every time.
-
-  Args:
-    vocabulary: any; only a SentencePieceVocabulary with `learn_from` is ever learned.
-    cache_dir: where its file lies if its path is relative and it was given no
-      cache_dir of its own.
-    sample_bytes: how much text; by default 4 MB, or 1 kB per piece if that is more.
-    progress: called once as progress(label, 0, bytes) before learning begins.
-
-  Returns:
-    `vocabulary`, whose file now exists if it could be learned.
-
-  Raises:
-    UserError: nothing to learn from, or no `vocab_size`.
-  """
-  if cache_dir and getattr(vocabulary, 'cache_dir', cache_dir) is None:
-    vocabulary.cache_dir = cache_dir
-  name = getattr(vocabulary, 'learn_from', None)
-  if name is None or vocabulary.exists():
-    return vocabulary
-  if not vocabulary.has_size:
-    raise errors.UserError(
-      f'To learn {vocabulary.path} from {name}, the vocabulary needs its vocab_size.'
-    )
-  size = vocabulary.vocab_size
-  budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
-  with token_store.only_builder(vocabulary.path):
-    if vocabulary.exists():
-      return vocabulary
-    texts = _sample(name, budget)
-    if not any(text.strip() for text in texts):
-      raise errors.UserError(
-        f"'{name}' has no text in its split 'train': there is nothing to learn a "
-        'vocabulary from. Check where it reads its files from.'
-      )
-    if progress:
-      total = sum(len(text.encode(errors='replace')) for text in texts)
-      progress(f'learning {size:,} pieces from {name}', 0, total)
-    vocabulary_lib.train(
-      texts, vocabulary.path, size, model_type=vocabulary.model_type, note=name
-    )
-  return vocabulary
-
-
-def _sample(name: str, budget: int) -> list[str]:
-  weighted = tasks_and_weights(name, 'train')
-  total = sum(weight for _, weight in weighted)
-  sample = []
-  for task, weight in weighted:
-    texts = [text for text in _texts(task) if text]
-    keys = sampling.round_keys('vocabulary sample', task.name)
-    left = budget * weight / total
-    for i in sampling.permute(np.arange(len(texts)), max(len(texts), 1), keys):
-      if left <= 0:
-        break
-      # A document longer than what is left is cut, so that none takes all of it.
-      sample.append(texts[i][: max(1, int(left))])
-      left -= len(sample[-1].encode(errors='replace'))
-  return sample
-
-
-def _texts(task: seqio.Task) -> list[str]:
-  if sources.is_plain_text(task):
-    return list(task.source.documents('train'))
-  # Bytes as ids, so that a task's preprocessors run before there is a vocabulary.
-  stand_in = seqio.ByteVocabulary()
-  return [
-    stand_in.decode(np.append(example.get(key, []), 1).astype(int).tolist())
-    for example in _documents(task, 'train', stand_in)
-    for key in ('inputs', 'targets')
-  ]

@@ -41,8 +41,10 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     vocab_size: how many ids there are; None reads it from the file. With it, the
       file is not needed to know the model's shape.
     learn_from: the mixture or task to learn the vocabulary from if there is no file
-      yet: see `prepare.learn_vocabulary`.
+      yet: see `learning.learn_vocabulary`.
     model_type: how it is then learned: 'unigram' or 'bpe'.
+    character_coverage: the share of characters that are then learned as pieces; the
+      rest are bytes.
     cache_dir: the folder that a relative `path` is relative to; None: the working
       directory.
   """
@@ -54,12 +56,14 @@ class SentencePieceVocabulary(seqio.Vocabulary):
     learn_from: str | None = None,
     cache_dir: str | None = None,
     model_type: str = 'unigram',
+    character_coverage: float = 0.9995,
   ):
     super().__init__(extra_ids=0)
     self._raw_path = os.fspath(path)
     self._size = None if vocab_size is None else int(vocab_size)
     self.learn_from = learn_from
     self.model_type = model_type
+    self.character_coverage = character_coverage
     self.cache_dir = cache_dir
     self._codec = None
     self._hash = None
@@ -107,8 +111,9 @@ class SentencePieceVocabulary(seqio.Vocabulary):
       model = storage.read_bytes(self.path)
       if model is None:
         raise errors.UserError(
-          f'There is no vocabulary file at {self.path}: train with a vocabulary that '
-          'has `learn_from` set, or name an existing SentencePiece model.'
+          f'There is no vocabulary file at {self.path}: make it with t5x vocab (for '
+          'the paper: --gin_file=corpus/palm_256k.gin), or name an existing '
+          'SentencePiece model with --gin.VOCABULARY_PATH.'
         )
       try:
         codec = codec_lib.Codec(model)

@@ -1,0 +1,146 @@
+"""`t5x corpus`: from raw dumps to a finished sub-corpus, and the facts about it."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from palm_t5x import places
+from palm_t5x.corpus import corpus_report, jobs, processed, sub_corpus
+from palm_t5x.corpus.token_store import only_builder
+from palm_t5x.errors import Failure, UserError
+from palm_t5x.progress import PrepareProgress
+
+
+def corpus(
+  *,
+  definition: sub_corpus.SubCorpus | None = None,
+  before: Sequence[Callable[[], Any]] = (),
+  workers: int | None = None,
+  shard_id: int = 0,
+  num_shards: int = 1,
+  runner: Callable[..., bool] | None = None,
+  report: bool = False,
+) -> None:
+  """Reads raw files, keeps what is worth keeping, and says what it dropped and why.
+
+  Restartable: what is finished is not done again. The outcome depends on the files and
+  the settings alone, not on workers, shards or interruptions.
+
+  Args:
+    definition: what to make; None only with `report`.
+    before: called first, such as the training of a quality classifier.
+    workers: processes on this machine; None: as many as it has cores.
+    shard_id, num_shards: this process's part of the work, over machines that share
+      CORPUS_DIR.
+    runner: instead, runs the stages elsewhere: see `beam_runner`.
+    report: make nothing; print the facts about the finished sub-corpora (`definition`,
+      or all in CORPUS_DIR) and write them as JSON, tables and plots.
+
+  Raises:
+    UserError: nothing to read, or a sub-corpus made with other settings is there.
+    Failure: too many broken records, a full disk, a worker that died.
+  """
+  if report:
+    corpus_report.report([definition.name] if definition else None)
+    return
+  if definition is None:
+    raise UserError(
+      't5x corpus needs a sub-corpus to make, such as --gin_file=corpus/books.gin '
+      '--data_dir=raw/books; or --report, for those that are finished.'
+    )
+  output = processed.folder(definition.name)
+  shares = definition.shares(places.data_dir())
+  settings = sub_corpus.settings(definition, shares)
+  if _is_finished(output, settings):
+    _say(processed.read_manifest(output), output)
+    return
+  for function in before:
+    function()
+  if _make(definition, shares, settings, output, runner, workers, shard_id, num_shards):
+    _say(processed.read_manifest(output), output)
+  else:
+    print(
+      f'Shard {shard_id} of {num_shards} has done its part, and others are missing: '
+      'run them, then this command again.'
+    )
+
+
+def _make(
+  definition, shares, settings, output, runner, workers, shard_id, num_shards
+) -> bool:
+  """Does the stages; False if other shards have yet to do their part."""
+  whole = lambda: processed.read_manifest(output) is not None
+  with only_builder(output, shared=num_shards > 1):
+    job = jobs.Job(output + '.work', settings)
+    stages = sub_corpus.stages(definition, shares, job.folder, output)
+    try:
+      if runner is not None:
+        done = runner(job, stages)
+      else:
+        done = jobs.run(
+          job,
+          stages,
+          workers=workers or os.cpu_count() or 1,
+          shard_id=shard_id,
+          num_shards=num_shards,
+          progress=PrepareProgress(),
+          finished=whole,
+        )
+    except Failure:
+      # Another shard may have finished it and deleted what this one was reading.
+      if num_shards == 1 or not whole():
+        raise
+      done = True
+    if done:
+      job.delete()
+  return done
+
+
+def _is_finished(output: str, settings: dict[str, Any]) -> bool:
+  """Whether this very sub-corpus is there.
+
+  Raises:
+    UserError: one made with other settings is.
+  """
+  manifest = processed.read_manifest(output)
+  if manifest is None:
+    return False
+  changed = sorted(
+    key
+    for key in {*settings, *manifest.settings}
+    if settings.get(key) != manifest.settings.get(key)
+  )
+  if changed:
+    raise UserError(
+      f'{output} holds a finished sub-corpus that was made from other files or with '
+      f'other settings ({", ".join(changed)} differ): delete that folder to make it '
+      'again, or name another one with --gin.CORPUS_DIR=FOLDER.'
+    )
+  return True
+
+
+def _say(manifest: processed.Manifest, output: str) -> None:
+  """What became of the records, as a table."""
+  counts = manifest.counts
+  rows = [('records read', counts['read'], counts['read_bytes'])]
+  rows += [
+    (f'dropped: {reason}', entry['documents'], entry['bytes'])
+    for reason, entry in sorted(
+      manifest.dropped.items(), key=lambda item: -item[1]['documents']
+    )
+  ]
+  rows += [
+    ('broken records', counts['broken'], None),
+    ('exact duplicates', counts['duplicates'], None),
+    ('near-duplicates', counts['near_duplicates'], None),
+  ]
+  rows += [
+    (f'kept for {split}', values['documents'], values['bytes'])
+    for split, values in manifest.splits.items()
+  ]
+  print(f'{manifest.name}: {output}')
+  for label, number, size in rows:
+    if number or label.startswith(('records', 'kept')):
+      shown = '' if size is None else f'{size / 1e6:12,.1f} MB'
+      print(f'  {label:44} {number:14,}{shown}')
+  print(f'  facts: {os.path.join(output, "report.md")}')

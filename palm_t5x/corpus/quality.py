@@ -1,0 +1,449 @@
+"""How much a document resembles curated text, and sampling in proportion to that.
+
+A linear model over hashed words and pairs of words tells curated documents (books,
+Wikipedia, chosen sites) from crawled ones, as for GLaM (Du et al. 2022), whose web
+pages the paper's are. Pages are then sampled in proportion to their score, so that
+those of low score become rare rather than absent (App. D).
+
+A model is a folder: weights (.npz, without pickles) and manifest.json, written last.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from palm_t5x import errors
+from palm_t5x.corpus import documents, records, storage
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_WORDS = re.compile(r'\w+')
+# Scripts that put no spaces between words: each character counts as one.
+_DENSE = (
+  '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
+)
+_HAS_DENSE = re.compile(f'[{_DENSE}]')
+_DENSE_WORDS = re.compile(f'[{_DENSE}]|[^\\W{_DENSE}]+')
+_HELD_OUT = 0.1  # of the documents, for the manifest's accuracy
+_READ_FOR_ONE = 10  # documents that are read of a part for each that is drawn
+_BATCH = 512
+
+
+def words(text: str, max_characters: int) -> list[str]:
+  """The features of a text's beginning: its words in lower case, and pairs of them."""
+  text = text[:max_characters].lower()
+  if text.isascii() or not _HAS_DENSE.search(text):
+    found = _WORDS.findall(text)
+  else:
+    found = _DENSE_WORDS.findall(text)
+  pairs = [f'{a} {b}' for a, b in itertools.pairwise(found)]
+  return found + pairs
+
+
+@functools.cache
+def _hasher(num_features: int):
+  from sklearn.feature_extraction import FeatureHasher
+
+  return FeatureHasher(num_features, input_type='string', dtype=np.float32)
+
+
+def _features(texts: Iterable[str], num_features: int, max_characters: int):
+  """Sparse rows of unit length, [texts, num_features]; each is of its text alone."""
+  from sklearn.preprocessing import normalize
+
+  rows = _hasher(num_features).transform(words(t, max_characters) for t in texts)
+  return normalize(rows, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+  """The documents drawn from some parts.
+
+  Attributes:
+    texts: in the order of their hashes.
+    hashes: of the texts, in hex.
+    parts: name -> blake2b of the hashes of the documents drawn from it.
+  """
+
+  texts: list[str]
+  hashes: list[str]
+  parts: dict[str, str]
+
+
+def _draw(
+  parts, steps, max_documents: int, max_characters: int, seed: int, limits
+) -> _Draw:
+  """Some documents of every part, by their hashes, reading bounded shares of each."""
+  chosen = sorted(parts, key=lambda part: documents.uniform(seed, part.name))
+  chosen = chosen[:max_documents]
+  found: dict[str, str] = {}
+  hashes_of = {}
+  for i, part in enumerate(chosen):
+    number = (i + 1) * max_documents // len(chosen) - i * max_documents // len(chosen)
+
+    def candidates(part=part, number=number):
+      left = _READ_FOR_ONE * number
+      for document in records.tolerant(part.read(), **limits):
+        for one in _through(document, steps):
+          name = one.hash().hex()
+          yield documents.uniform(seed, name), name, one.text[:max_characters]
+        left -= 1
+        if not left:
+          return
+
+    drawn = heapq.nsmallest(number, candidates())
+    names = sorted({name for _, name, _ in drawn})
+    joined = hashlib.blake2b(''.join(names).encode(), digest_size=16)
+    hashes_of[part.name] = joined.hexdigest()
+    found.update((name, text) for _, name, text in drawn)
+  hashes = sorted(found)
+  return _Draw([found[name] for name in hashes], hashes, hashes_of)
+
+
+def _through(
+  document: documents.Document, steps: Sequence[Callable]
+) -> Iterator[documents.Document]:
+  """What steps make of a document."""
+  if not steps:
+    yield document
+    return
+  result = steps[0](document)
+  if isinstance(result, documents.Document):
+    result = [result]
+  if isinstance(result, list):
+    for one in result:
+      yield from _through(one, steps[1:])
+
+
+def train(
+  curated: Sequence[documents.Part],
+  crawled: Sequence[documents.Part],
+  path: str,
+  *,
+  curated_steps: Sequence[Callable] = (),
+  crawled_steps: Sequence[Callable] = (),
+  max_documents: int = 50_000,
+  num_features: int = 1 << 18,
+  max_characters: int = 1500,
+  epochs: int = 10,
+  alpha: float = 1e-5,
+  seed: int = 0,
+  max_broken: int = 100,
+  max_broken_share: float = 0.01,
+) -> dict[str, Any]:
+  """Trains the model and writes it; returns its manifest.
+
+  Args:
+    curated, crawled: what scores should be high and low on; documents of all parts are
+      drawn by their hashes. A text that is in both is left out.
+    path: the model's folder, local or in a bucket.
+    curated_steps, crawled_steps: applied to documents before they are looked at, such
+      as `web.StripMarkup`: the same as before scoring.
+    max_documents: of either kind. Memory is about 10 KB for each.
+    num_features: of the hash; a power of two.
+    max_characters: of each document's beginning that are looked at.
+    epochs, alpha: of stochastic gradient descent, and its L2 penalty.
+    seed: of the draw and the descent.
+    max_broken, max_broken_share: see `records.tolerant`.
+
+  Raises:
+    UserError: there are too few documents of one kind.
+    Failure: the model cannot be written.
+  """
+  import sklearn
+  from sklearn import linear_model
+
+  limits = {'max_broken': max_broken, 'max_broken_share': max_broken_share}
+  sizes = max_documents, max_characters, seed, limits
+  good = _draw(curated, curated_steps, *sizes)
+  bad = _draw(crawled, crawled_steps, *sizes)
+  both = set(good.hashes) & set(bad.hashes)
+  rows = [
+    (name, text, label)
+    for draw, label in ((good, 1), (bad, 0))
+    for name, text in zip(draw.hashes, draw.texts, strict=True)
+    if name not in both
+  ]
+  held_out = np.array(
+    [documents.uniform(seed, 'held out', r[0]) < _HELD_OUT for r in rows], bool
+  )
+  y = np.array([label for _, _, label in rows], np.int8)
+  for kind, label in (('curated', 1), ('crawled', 0)):
+    for share, name in ((~held_out, 'train on'), (held_out, 'hold out')):
+      if not np.any(share & (y == label)):
+        raise errors.UserError(
+          f'There are too few {kind} documents to {name}: {int((y == label).sum())} in '
+          'all, not counting those that are both. Name more data.'
+        )
+  X = _features((text for _, text, _ in rows), num_features, max_characters)
+  model = linear_model.SGDClassifier(
+    loss='log_loss',
+    alpha=alpha,
+    max_iter=epochs,
+    tol=None,
+    average=True,
+    class_weight='balanced',
+    random_state=seed,
+  )
+  model.fit(X[~held_out], y[~held_out])
+  weights = model.coef_[0].astype(np.float32)
+  bias = float(model.intercept_[0])
+  scores = _probabilities(X[held_out] @ weights + np.float32(bias))
+  manifest = {
+    'format': _FORMAT,
+    'num_features': num_features,
+    'max_characters': max_characters,
+    'bias': bias,
+    'options': {
+      'max_documents': max_documents,
+      'epochs': epochs,
+      'alpha': alpha,
+      'seed': seed,
+      'curated_steps': [repr(step) for step in curated_steps],
+      'crawled_steps': [repr(step) for step in crawled_steps],
+    },
+    'scikit_learn': sklearn.__version__,
+    'data': {'curated': _facts(good), 'crawled': _facts(bad), 'in_both': len(both)},
+    'held_out': _held_out(y[held_out], scores),
+  }
+  _write(path, weights, manifest)
+  logger.info('quality model: %s', manifest['held_out'])
+  return manifest
+
+
+def _facts(draw: _Draw) -> dict[str, Any]:
+  joined = hashlib.blake2b(''.join(draw.hashes).encode(), digest_size=16)
+  return {
+    'documents': len(draw.hashes),
+    'blake2b': joined.hexdigest(),
+    'parts': draw.parts,
+  }
+
+
+def _held_out(y: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+  from sklearn import metrics
+
+  return {
+    'documents': len(y),
+    'accuracy': round(float(np.mean((scores > 0.5) == y)), 4),
+    'auc': round(float(metrics.roc_auc_score(y, scores)), 4),
+    'mean_score_curated': round(float(scores[y == 1].mean()), 4),
+    'mean_score_crawled': round(float(scores[y == 0].mean()), 4),
+  }
+
+
+def _write(path: str, weights: np.ndarray, manifest: dict[str, Any]) -> None:
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, weights=weights)
+  data = buffer.getvalue()
+  digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+  folder = storage.normalise(path)
+  name = f'weights-{digest[:12]}.npz'
+  storage.write_bytes(storage.join(folder, name), data)
+  manifest.update(weights=name, weights_blake2b=digest)
+  text = json.dumps(manifest, indent=2, sort_keys=True) + '\n'
+  storage.write_bytes(storage.join(folder, 'manifest.json'), text.encode())
+  load.cache_clear()
+
+
+def exists(path: str) -> bool:
+  """Whether there is a model in the folder."""
+  folder = storage.normalise(path)
+  return storage.read_bytes(storage.join(folder, 'manifest.json')) is not None
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+  # Rounded, so that what is kept follows from the score that is written down.
+  return np.round(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -60, 60))), 6)
+
+
+class Quality:
+  """Scores documents with a model that `train` wrote.
+
+  Args:
+    path: the model's folder.
+
+  Attributes:
+    manifest: what `train` returned.
+
+  Raises:
+    UserError: there is no model.
+    Failure: it is damaged.
+  """
+
+  def __init__(self, path: str):
+    folder = storage.normalise(path)
+    text = storage.read_bytes(storage.join(folder, 'manifest.json'))
+    if text is None:
+      raise errors.UserError(
+        f'There is no quality model in {folder}: name CURATED and CRAWLED text to '
+        'train one, or a folder that has one.'
+      )
+    try:
+      self.manifest = json.loads(text)
+      if self.manifest['format'] != _FORMAT:
+        raise ValueError(f'its format is {self.manifest["format"]}, not {_FORMAT}')
+      data = storage.read_bytes(storage.join(folder, self.manifest['weights']))
+      digest = hashlib.blake2b(data or b'', digest_size=16).hexdigest()
+      if digest != self.manifest['weights_blake2b']:
+        raise ValueError(f'{self.manifest["weights"]} is not what was written')
+      with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        self._weights = arrays['weights']
+      self._num_features = int(self.manifest['num_features'])
+      self._max_characters = int(self.manifest['max_characters'])
+      self._bias = np.float32(self.manifest['bias'])
+      if self._weights.shape != (self._num_features,):
+        raise ValueError('weights and manifest do not fit')
+    except (ValueError, KeyError, TypeError) as e:
+      raise errors.Failure(
+        f'The quality model in {folder} is damaged ({e}): delete the folder and train '
+        'it again.'
+      ) from e
+
+  def scores(self, texts: Sequence[str]) -> list[float]:
+    """How likely each text is curated, in [0, 1]; the same in any company."""
+    result = []
+    for i in range(0, len(texts), _BATCH):
+      batch = texts[i : i + _BATCH]
+      rows = _features(batch, self._num_features, self._max_characters)
+      result += _probabilities(rows @ self._weights + self._bias).tolist()
+    return result
+
+
+@functools.cache
+def load(path: str) -> Quality:
+  """The model of a folder, read once per process."""
+  return Quality(path)
+
+
+def keep_probability(
+  score: float, rule: str = 'proportional', alpha: float = 9
+) -> float:
+  """How likely a document of a score is kept; see `keeps`."""
+  return score if rule == 'proportional' else (2 - score) ** -alpha
+
+
+def keeps(
+  score: float, draw: float, rule: str = 'proportional', alpha: float = 9
+) -> bool:
+  """Whether a document is kept.
+
+  Args:
+    score: in [0, 1].
+    draw: uniform in [0, 1).
+    rule: 'proportional', as the paper says; or 'pareto', as GLaM did it: kept if
+      numpy.random.pareto(alpha) > 1 - score, so with probability (2 - score)^-alpha.
+    alpha: of 'pareto'.
+  """
+  if rule == 'proportional':
+    return draw < score
+  return (1 - draw) ** (-1 / alpha) - 1 > 1 - score
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityStep:
+  """Scores documents (meta['quality']) and samples them by their score.
+
+  Whether a document is kept depends on its text, the model and the salt alone. A
+  dropped document has its score in meta too, for `Tally`.
+
+  Attributes:
+    path: the model's folder.
+    rule: 'proportional' or 'pareto', see `keeps`; 'none' keeps every document.
+    alpha: of 'pareto'.
+    salt: another one draws another sample.
+  """
+
+  path: str
+  rule: str = 'proportional'
+  alpha: float = 9.0
+  salt: str = 'quality'
+
+  def __post_init__(self):
+    if self.rule not in ('proportional', 'pareto', 'none'):
+      raise errors.UserError(
+        f"QualityStep.rule = {self.rule!r}: it is 'proportional', 'pareto' or 'none'."
+      )
+    if not self.alpha > 0:
+      raise errors.UserError(f'QualityStep.alpha = {self.alpha}: it must be above 0.')
+
+  def __call__(
+    self, document: documents.Document
+  ) -> documents.Document | documents.Dropped:
+    (score,) = load(self.path).scores([document.text])
+    document.meta['quality'] = score
+    if self.rule != 'none':
+      draw = documents.uniform(self.salt, document.hash().hex())
+      if not keeps(score, draw, self.rule, self.alpha):
+        return documents.Dropped('quality')
+    return document
+
+
+_BINS, _BANDS, _EXAMPLES, _SHOWN = 20, 5, 3, 300
+
+
+@dataclasses.dataclass
+class Tally:
+  """Scores of kept and dropped documents, and examples of both; merges in any order.
+
+  Attributes:
+    kept, dropped: numbers of documents by score, in 20 bins from 0 to 1.
+    examples: 'kept' or 'dropped' -> five bands of scores -> up to three documents,
+      drawn by their names: [draw, id, score, the text's beginning].
+  """
+
+  kept: list[int] = dataclasses.field(default_factory=lambda: [0] * _BINS)
+  dropped: list[int] = dataclasses.field(default_factory=lambda: [0] * _BINS)
+  examples: dict[str, list[list[list]]] = dataclasses.field(
+    default_factory=lambda: {
+      kind: [[] for _ in range(_BANDS)] for kind in ('kept', 'dropped')
+    }
+  )
+
+  def add(self, document: documents.Document, kept: bool) -> None:
+    """Counts a document that went through `QualityStep`; others pass uncounted."""
+    score = document.meta.get('quality')
+    if score is None:
+      return
+    counts = self.kept if kept else self.dropped
+    counts[min(int(score * _BINS), _BINS - 1)] += 1
+    band = self.examples['kept' if kept else 'dropped'][
+      min(int(score * _BANDS), _BANDS - 1)
+    ]
+    draw = documents.uniform('example', document.id)
+    if len(band) < _EXAMPLES or draw < band[-1][0]:
+      band.append([draw, document.id, score, document.text[:_SHOWN]])
+      band.sort()
+      del band[_EXAMPLES:]
+
+  def merge(self, other: 'Tally') -> None:
+    """Adds what `other` counted."""
+    self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
+    self.dropped = [a + b for a, b in zip(self.dropped, other.dropped, strict=True)]
+    for kind, bands in other.examples.items():
+      for mine, theirs in zip(self.examples[kind], bands, strict=True):
+        mine[:] = sorted([*mine, *theirs])[:_EXAMPLES]
+
+  def facts(self) -> dict[str, Any]:
+    """As JSON; `Tally(**facts)` is its inverse."""
+    return dataclasses.asdict(self)
+
+  def rows(self) -> list[tuple[str, int, int, float]]:
+    """(scores, kept, dropped, share kept; nan where there are none) by bin."""
+    result = []
+    for i, (kept, dropped) in enumerate(zip(self.kept, self.dropped, strict=True)):
+      share = kept / (kept + dropped) if kept + dropped else math.nan
+      result.append((f'{i / _BINS:.2f}-{(i + 1) / _BINS:.2f}', kept, dropped, share))
+    return result

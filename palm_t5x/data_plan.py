@@ -1,0 +1,93 @@
+"""What a run will really read: weights, tokens, epochs, languages, from manifests."""
+
+import dataclasses
+from typing import Any
+
+from palm_t5x import utils
+from palm_t5x.corpus import plan, prepare, token_store
+from palm_t5x.corpus.sampling import BatchSchedule
+from palm_t5x.errors import Failure, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned(plan.Share):
+  """A `plan.Share` with what its store's manifest says.
+
+  Attributes:
+    problem: why there is no store to read, if so.
+    languages: language -> tokens, of texts whose language is known.
+  """
+
+  problem: str | None = None
+  languages: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def of_run(
+  cfg: utils.DatasetConfig,
+  vocabulary: Any,
+  cache_dir: str,
+  seed: int,
+  total_steps: int,
+) -> list[Planned]:
+  """The plan of a run of so many steps; a store that is not there is no error.
+
+  Raises:
+    UserError: there is no such mixture.
+  """
+  tasks = prepare.tasks_and_weights(cfg.mixture_or_task_name, cfg.split)
+  seed = seed if cfg.seed is None else cfg.seed
+  found = {
+    task.name: _manifest(task, cfg, vocabulary, cache_dir, seed) for task, _ in tasks
+  }
+  rows = {
+    name: None if manifest is None else max(0, (manifest.num_tokens - 1) // cfg.length)
+    for name, (manifest, _) in found.items()
+  }
+  shares = plan.shares(
+    {task.name: weight for task, weight in tasks},
+    rows,
+    cfg.length,
+    BatchSchedule(cfg.batch_size).offset(total_steps),
+  )
+  return [
+    Planned(
+      **vars(share),
+      problem=found[share.name][1],
+      languages=dict(getattr(found[share.name][0], 'languages', None) or {}),
+    )
+    for share in shares
+  ]
+
+
+def _manifest(task, cfg, vocabulary, cache_dir, seed):
+  """(the manifest of a task's token store, None), or (None, why there is none)."""
+  if not getattr(vocabulary, 'exists', lambda: True)():
+    return None, 'no vocabulary yet: t5x vocab'
+  try:
+    path = prepare.store_path(cache_dir, task, cfg.split, vocabulary, seed)
+    manifest = token_store.read_manifest(path)
+  except (UserError, Failure) as e:
+    return None, str(e).partition(': ')[0]
+  return manifest, None if manifest else 'no token store yet: t5x cache'
+
+
+def table(shares: list[Planned]) -> list[str]:
+  """The plan as lines of text."""
+  lines = [f'{"task":24}{"weight":>9}{"needed":>12}{"available":>12}{"epochs":>9}']
+  for share in shares:
+    have = '-' if share.available is None else _tokens(share.available)
+    epochs = '-' if share.epochs is None else f'{share.epochs:.3f}'
+    note = share.problem or ('repeats' if share.epochs and share.epochs > 1 else '')
+    lines.append(
+      f'{share.name:24}{100 * share.weight:8.3g}%{_tokens(share.needed):>12}{have:>12}'
+      f'{epochs:>9}  {note}'.rstrip()
+    )
+  return lines
+
+
+def _tokens(count: int) -> str:
+  """A number of tokens, as '390.0 B' or '2.9 M'."""
+  for unit, size in (('B', 1e9), ('M', 1e6), ('k', 1e3)):
+    if count >= size:
+      return f'{count / size:.1f} {unit}'
+  return str(count)

@@ -1,0 +1,285 @@
+"""A sub-corpus from raw files, against what a few lines of Python say it must be."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import pytest
+
+from palm_t5x import errors, places
+from palm_t5x.commands import corpus as corpus_command
+from palm_t5x.corpus import (
+  beam_runner,
+  documents,
+  jobs,
+  near_duplicates,
+  processed,
+  sub_corpus,
+)
+from palm_t5x.corpus.documents import Document, Dropped
+from palm_t5x.corpus.records import Broken
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+  """One document per line, a JSON string, of each .txt file; '!' is a broken record."""
+
+  def parts(self, data_dir):
+    files = sorted(pathlib.Path(data_dir).glob('*.txt'))
+    if not files:
+      raise errors.UserError(f'no text in {data_dir}')
+    return [
+      documents.Part(f.stem, functools.partial(_lines, str(f)), f.stat().st_size)
+      for f in files
+    ]
+
+
+def _lines(path):
+  for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+    name, text = f'{pathlib.Path(path).name}:{number}', json.loads(line)
+    yield Broken(name, 'a mark') if text == '!' else Document(name, text, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """A step of all three kinds: drops short texts, cuts texts at '|', passes others."""
+
+  least: int = 3
+
+  def __call__(self, document):
+    if len(document.text) < self.least:
+      return Dropped('too short')
+    if '|' in document.text:
+      pieces = enumerate(document.text.split('|'))
+      return [
+        Document(f'{document.id}#{i}', text, document.source) for i, text in pieces
+      ]
+    return document
+
+
+@dataclasses.dataclass(frozen=True)
+class Shout:
+  """A second step, so that what the first makes goes on."""
+
+  def __call__(self, document):
+    if 'quiet' in document.text:
+      return Dropped('quiet')
+    document.text = document.text.upper()
+    return document
+
+
+RAW = {
+  'a': ['one document', 'no', 'second|third one', '!', 'quiet please', 'one document'],
+  'b': ['THIRD ONE', 'another', 'lone \udcff half', 'x', 'loud|quiet one'],
+  'c': [f'document number {i} of many' for i in range(300)],
+}
+KEPT = ['ONE DOCUMENT', 'SECOND', 'THIRD ONE', 'ANOTHER', 'LONE \ufffd HALF', 'LOUD']
+KEPT += [f'DOCUMENT NUMBER {i} OF MANY' for i in range(300)]
+
+
+@pytest.fixture
+def raw(tmp_path):
+  """The raw files; CORPUS_DIR and DATA_DIR name folders of the test."""
+  folder = tmp_path / 'raw'
+  folder.mkdir()
+  for name, lines in RAW.items():
+    (folder / f'{name}.txt').write_text('\n'.join(map(json.dumps, lines)))
+  places.use(str(folder), str(tmp_path / 'corpora'))
+  yield folder
+  places.use()
+
+
+def definition(**changes):
+  stream = sub_corpus.Stream(Lines(), (Cut(), Shout()))
+  settings = {'validation_share': 0.2, **changes}
+  return sub_corpus.SubCorpus('toy', (stream,), **settings)
+
+
+def tree(folder):
+  """Every file of a folder and its contents."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file() and path.suffix != '.lock'
+  }
+
+
+def texts(split):
+  return list(processed.texts('toy', split))
+
+
+def make(**kwargs):
+  corpus_command.corpus(definition=definition(), **{'workers': 1, **kwargs})
+
+
+def test_what_is_kept_dropped_and_why(raw, tmp_path, capsys):
+  make()
+  assert sorted(texts('train') + texts('validation')) == sorted(KEPT)
+  manifest = processed.read_manifest(processed.folder('toy'))
+  counts = {key: manifest.counts[key] for key in ('read', 'broken', 'kept')}
+  assert counts == {'read': 310, 'broken': 1, 'kept': 308}
+  assert manifest.counts['duplicates'] == 2  # one document, THIRD ONE
+  assert manifest.broken_places == ['a.txt:4: a mark']
+  dropped = {reason: entry['documents'] for reason, entry in manifest.dropped.items()}
+  assert dropped == {'too short': 2, 'quiet': 2}
+  assert manifest.dropped['too short']['examples'] == [
+    {'id': 'a.txt:2', 'text': 'no'},
+    {'id': 'b.txt:4', 'text': 'x'},
+  ]
+  share = manifest.splits['validation']['documents'] / len(KEPT)
+  assert share == pytest.approx(0.2, abs=5 * (0.2 * 0.8 / len(KEPT)) ** 0.5)
+  printed = capsys.readouterr().out
+  for line in (
+    'records read',
+    'dropped: too short',
+    'exact duplicates',
+    'kept for train',
+  ):
+    assert line in printed
+  assert not (tmp_path / 'corpora/toy.work').exists()
+
+
+def test_the_outcome_depends_on_the_files_alone(raw, tmp_path):
+  """One worker, three, two machines one after the other: the same bytes."""
+  make()
+  expected = tree(tmp_path / 'corpora/toy')
+  for name, runs in {
+    'three': [{'workers': 3}],
+    'shards': [{'shard_id': 1, 'num_shards': 2}, {'shard_id': 0, 'num_shards': 2}],
+  }.items():
+    places.use(str(raw), str(tmp_path / name))
+    for kwargs in runs:
+      make(**kwargs)
+    assert tree(tmp_path / name / 'toy') == expected
+
+
+@pytest.mark.slow
+def test_beam_gives_the_same_bytes(raw, tmp_path):
+  make()
+  expected = tree(tmp_path / 'corpora/toy')
+  places.use(str(raw), str(tmp_path / 'beam'))
+  make(runner=beam_runner.Beam('DirectRunner'))
+  assert tree(tmp_path / 'beam/toy') == expected
+
+
+@pytest.mark.parametrize('kind', ['kept', 'hashes', 'places', 'toy/train', 'manifest'])
+def test_an_interruption_costs_the_unit_under_way(raw, tmp_path, monkeypatch, kind):
+  """A write that fails anywhere; the same command finishes with the same bytes."""
+  make()
+  expected = tree(tmp_path / 'corpora/toy')
+  places.use(str(raw), str(tmp_path / 'again'))
+  done, count = [], [0]
+  perform, replace = jobs.Job.perform, sub_corpus.os.replace
+
+  def counted(self, stage, unit):
+    facts = perform(self, stage, unit)
+    done.append((stage, unit.name))
+    return facts
+
+  def failing(source, target):
+    count[0] += kind in str(target)
+    if kind in str(target) and count[0] == 2:
+      raise OSError(28, 'No space left on device', target)
+    replace(source, target)
+
+  monkeypatch.setattr(jobs.Job, 'perform', counted)
+  if kind == 'manifest':
+    monkeypatch.setattr(
+      processed, 'write_manifest', lambda *a: (_ for _ in ()).throw(OSError)
+    )
+  monkeypatch.setattr(sub_corpus.os, 'replace', failing)
+  if kind != 'places':  # there is one bucket
+    with pytest.raises(OSError):
+      make()
+    assert processed.read_manifest(processed.folder('toy')) is None
+  monkeypatch.undo()
+  monkeypatch.setattr(jobs.Job, 'perform', counted)
+  make()
+  assert tree(tmp_path / 'again/toy') == expected
+  assert len(done) == len(set(done)), 'a finished unit is not done again'
+
+
+def test_finished_is_finished_and_other_settings_are_refused(raw, capsys):
+  make()
+  before = tree(raw.parent / 'corpora')
+  first = capsys.readouterr().out
+  make()
+  assert first.endswith(capsys.readouterr().out)
+  with pytest.raises(errors.UserError, match='validation_share differ'):
+    corpus_command.corpus(definition=definition(validation_share=0.3), workers=1)
+  (raw / 'd.txt').write_text('"more"')
+  with pytest.raises(errors.UserError, match='other files'):
+    make()
+  assert tree(raw.parent / 'corpora') == before
+
+
+def test_too_many_broken_records_stop_the_job(raw):
+  (raw / 'b.txt').write_text('"!"\n' * 30)
+  with pytest.raises(errors.Failure, match=r'records are broken.*b\.txt'):
+    corpus_command.corpus(
+      definition=definition(max_broken=10, max_broken_share=0.1), workers=1
+    )
+  assert processed.read_manifest(processed.folder('toy')) is None
+
+
+def test_near_duplicates_of_what_is_unique(raw, tmp_path):
+  """A text twice and nearly so a third time leaves exactly one of them."""
+  for name in 'abc':
+    (raw / f'{name}.txt').unlink()
+  words = ' '.join(f'word{i}' for i in range(200))
+  near = words.replace('word7 ', 'other ')
+  lines = [words, near, 'something else altogether ' * 9, words]
+  (raw / 'a.txt').write_text('\n'.join(map(json.dumps, lines)))
+  made = definition(near_duplicates=near_duplicates.Options(), validation_share=0.0)
+  corpus_command.corpus(definition=made, workers=1)
+  kept = texts('train')
+  assert len(kept) == 2 and sum('WORD1 ' in text for text in kept) == 1
+  manifest = processed.read_manifest(processed.folder('toy'))
+  assert manifest.counts['duplicates'] == manifest.counts['near_duplicates'] == 1
+
+
+def test_streams_and_what_may_be_missing(raw, tmp_path):
+  (raw / 'pages').mkdir()
+  (raw / 'pages/p.txt').write_text('"a page"')
+  streams = (
+    sub_corpus.Stream(Lines(), (), 'pages'),
+    sub_corpus.Stream(Lines(), (Shout(),), 'c4', optional=True),
+  )
+  made = sub_corpus.SubCorpus('toy', streams, validation_share=0.0)
+  corpus_command.corpus(definition=made, workers=1)
+  ((document,),) = [list(part.read()) for part in processed.parts('toy', 'train')]
+  assert (document.id, document.text) == ('pages/p.txt:1', 'a page')
+  places.use(str(tmp_path / 'empty'), str(tmp_path / 'other'))
+  with pytest.raises(errors.UserError, match='no text in'):
+    corpus_command.corpus(definition=made, workers=1)
+  made = dataclasses.replace(made, streams=streams[1:])
+  with pytest.raises(errors.UserError, match='none of the folders c4'):
+    corpus_command.corpus(definition=made, workers=1)
+
+
+def test_tasks_say_how_to_make_what_is_missing(raw):
+  with pytest.raises(errors.UserError, match=r'gin_file=corpus/toy\.gin'):
+    texts('train')
+  assert processed.fingerprint('toy', 'train') is None
+  with pytest.raises(errors.UserError, match='needs a sub-corpus to make'):
+    corpus_command.corpus()
+
+
+def test_damage_is_named(raw):
+  make()
+  folder = pathlib.Path(processed.folder('toy'))
+  processed.verify(str(folder))
+  file = next(folder.glob('train-*'))
+  data = file.read_bytes()
+  file.write_bytes(data[:-7])
+  with pytest.raises(errors.Failure, match=rf'{file.name}.*ends too early'):
+    texts('train')
+  file.write_bytes(next(f for f in folder.glob('train-*') if f != file).read_bytes())
+  with pytest.raises(errors.Failure, match='checksum differs'):
+    processed.verify(str(folder))
+  values = json.loads((folder / 'manifest.json').read_text())
+  values['splits']['train']['documents'] += 1
+  (folder / 'manifest.json').write_text(json.dumps(values))
+  with pytest.raises(errors.Failure, match='was changed after it was written'):
+    texts('train')
