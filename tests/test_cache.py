@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import resource
 import shutil
 
 import cached_texts
@@ -189,6 +190,26 @@ def test_mistakes(config, tmp_path):
   done = cache(config, tmp_path, name='fixture_empty')
   assert done.code == 2 and "no text in its split 'train'" in done.error
   assert not stores(tmp_path)
+
+
+def test_full_disk(config, built, tmp_path):
+  """What was built before is as it was, and when there is room it goes on."""
+  shutil.copytree(built[0], tmp_path / 'cache')
+  (store,) = (tmp_path / 'cache' / 'token_stores' / TASK).glob('train-*-v2')
+  shutil.rmtree(store)
+  before = stores(tmp_path / 'cache')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  try:
+    done = cache(config, tmp_path / 'cache', '--gin.WORKERS=1')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert done.code == 1
+  assert f'Cannot write {store}' in done.error and 'the disk is full' in done.error
+  after = stores(tmp_path / 'cache')
+  assert after.items() >= before.items() and not (store / 'manifest.json').exists()
+  assert cache(config, tmp_path / 'cache', '--gin.WORKERS=1').code == 0
+  assert stores(tmp_path / 'cache') == stores(built[0])
 
 
 def test_without_beam(monkeypatch):

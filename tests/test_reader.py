@@ -137,3 +137,19 @@ def test_prefetcher_raises_in_turn():
   with pytest.raises(errors.Failure, match='broken shard'):
     next(batches)
   batches.close()
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+def test_any_number_of_hosts_reads_the_same_batches(stores, hosts):
+  """Each host has a reader of its own and reads the rows of its devices."""
+  schedule = sampling.BatchSchedule(((0, 4), (3, 8)))
+  straight = reader.MixtureReader(stores, T, seed=3)
+  readers = [reader.MixtureReader(stores, T, seed=3) for _ in range(hosts)]
+  for step in (0, 2, 3, 7):
+    indices = schedule.indices(step)
+    whole = straight.examples(indices)
+    shares = np.split(np.arange(len(indices)), hosts)
+    parts = [r.examples(indices[rows]) for r, rows in zip(readers, shares, strict=True)]
+    for key, value in whole.items():
+      found = np.concatenate([part[key] for part in parts])
+      np.testing.assert_array_equal(found, value)

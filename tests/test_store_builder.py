@@ -16,10 +16,12 @@ import time
 import numpy as np
 import pytest
 import sentencepiece
-from toy_stores import LIMITS, TEXTS, THREE, build, build_shard, files, ids, parts
+import toy_stores
+from toy_stores import LIMITS, TEXTS, THREE, build, build_shard, files, parts
 
 from palm_t5x import errors
 from palm_t5x.corpus import beam_runner, jobs, storage, store_builder, token_store
+from palm_t5x.corpus.documents import Part
 
 
 @pytest.fixture(scope='module')
@@ -170,6 +172,18 @@ def test_shards_side_by_side(tmp_path, whole):
     assert child.exitcode == 0
   assert files(tmp_path / 's') == whole[1]
   assert sorted(p.name for p in tmp_path.iterdir()) == ['s', 's.lock']
+
+
+def test_a_bucket_gives_the_same_store(tmp_path, whole):
+  """By URL, which is what a bucket has: no locks, no folders, only keys."""
+  url = f'file://{tmp_path}/bucket/s'
+  assert storage.is_remote(url)
+  assert build(url, shard_id=1, num_shards=2) is None
+  assert build(url, shard_id=0, num_shards=2)
+  assert files(tmp_path / 'bucket' / 's') == whole[1]
+  assert storage.list_folders(f'file://{tmp_path}/bucket') == ['s']
+  assert not storage.exists(store_builder.work_folder(url))
+  token_store.TokenStore(url).verify()
 
 
 # --- Kills, damage and a full disk.
@@ -352,5 +366,11 @@ def test_beam_gives_the_same_store(tmp_path, whole):
   assert not os.path.exists(store_builder.work_folder(tmp_path / 's'))
 
 
-def test_ids_of_the_toy_vocabulary():
-  assert ids('a') == [100, 1]
+@pytest.mark.slow
+def test_beam_says_what_a_unit_said_and_goes_on(tmp_path, whole):
+  bad = [*THREE[:2], Part(THREE[2].name, toy_stores.failing, THREE[2].num_bytes)]
+  runner = beam_runner.Beam('DirectRunner')
+  with pytest.raises(errors.Failure, match=r'^line 3 of x\.jsonl is no document$'):
+    build(tmp_path / 's', bad, runner=runner)
+  build(tmp_path / 's', runner=runner)
+  assert files(tmp_path / 's') == whole[1]

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from palm_t5x import errors
 from palm_t5x.corpus import store_builder, token_store
 from palm_t5x.corpus.documents import Document, Part
 
@@ -77,3 +78,8 @@ def build(path, documents=THREE, **kwargs):
 def build_shard(path, shard_id, num_shards):
   """`build` of one shard."""
   build(path, shard_id=shard_id, num_shards=num_shards)
+
+
+def failing():
+  """A part that cannot be read."""
+  raise errors.Failure('line 3 of x.jsonl is no document')
