@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_t5x import errors
-from palm_t5x.corpus import documents, readers, records, streams
+from palm_t5x.corpus import documents, readers, records, streams, tfds_reader
 from palm_t5x.corpus.records import Broken, Ignored
 
 PACKERS = {
@@ -384,16 +384,16 @@ def test_a_dataset_of_tfds(tmp_path):
     data_dir=tmp_path,
   )
   builder.download_and_prepare()
-  reader = readers.Tfds('tfds:toy:1.0.0')
+  reader = tfds_reader.Tfds('tfds:toy:1.0.0')
   assert sorted(d.text for d in everything(reader, tmp_path)) == sorted(TEXTS)
   with pytest.raises(errors.UserError, match="no split 'test', only train"):
-    readers.Tfds('toy', split='test').parts(str(tmp_path))
+    tfds_reader.Tfds('toy', split='test').parts(str(tmp_path))
   with pytest.raises(errors.UserError, match="no feature 'body', only text"):
-    readers.Tfds('toy', text_key='body').parts(str(tmp_path))
+    tfds_reader.Tfds('toy', text_key='body').parts(str(tmp_path))
   with pytest.raises(errors.UserError, match='is not prepared: there is no'):
-    readers.Tfds('tiny_shakespeare:1.0.0').parts(str(tmp_path))
+    tfds_reader.Tfds('tiny_shakespeare:1.0.0').parts(str(tmp_path))
 
 
 def test_a_builder_tfds_does_not_know(tmp_path):
   with pytest.raises(errors.UserError, match="TFDS cannot build 'no_such_set'"):
-    readers.Tfds('no_such_set').parts(str(tmp_path))
+    tfds_reader.Tfds('no_such_set').parts(str(tmp_path))
