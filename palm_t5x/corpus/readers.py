@@ -247,7 +247,7 @@ def _parquet(reader: Files, full: str, path: str, start, stop) -> Iterator[Any]:
   """The rows of row groups start..stop-1, a few at a time."""
   try:
     # Buffered: else a whole column of a row group, often a gigabyte, is in memory.
-    file = pq.ParquetFile(full, buffer_size=1 << 20)
+    file = pq.ParquetFile(full, buffer_size=1 << 20, page_checksum_verification=True)
   except (pa.ArrowException, OSError):
     yield Broken(path, 'damaged .parquet file')
     return
