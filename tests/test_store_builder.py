@@ -193,43 +193,66 @@ class Killed(BaseException):
   """Stands for SIGKILL: nothing but the test catches it."""
 
 
-def test_killed_at_every_write_it_goes_on_from_there(tmp_path, whole, monkeypatch):
-  """In process: the n-th write of a file does not happen, for every n."""
-  path, left, unit_writes = tmp_path / 's', [0], []
-  write_bytes, write = storage.write_bytes, store_builder._write
+@pytest.fixture
+def dying(monkeypatch):
+  """dying.after = n: the process is as good as dead after writing n more files."""
 
-  def dying(function):
-    def call(*args):
-      left[0] -= 1
-      if left[0] < 0:
-        raise Killed
-      return function(*args)
+  class Dying:
+    after = 0
 
-    return call
+    def wrap(self, function):
+      def call(*args):
+        self.after -= 1
+        if self.after < 0:
+          raise Killed
+        return function(*args)
 
-  perform = jobs.Job.perform
+      return call
+
+  dying = Dying()
+  monkeypatch.setattr(storage, 'write_bytes', dying.wrap(storage.write_bytes))
+  monkeypatch.setattr(store_builder, '_write', dying.wrap(store_builder._write))
+  return dying
+
+
+def test_killed_again_and_again_it_goes_on_from_there(
+  tmp_path, whole, dying, monkeypatch
+):
+  path, kills, done, perform = tmp_path / 's', 0, [], jobs.Job.perform
 
   def record(self, stage, unit):
     facts = perform(self, stage, unit)
-    unit_writes.append((stage, unit.name))
+    done.append((stage, unit.name))
     return facts
 
-  monkeypatch.setattr(storage, 'write_bytes', dying(write_bytes))
-  monkeypatch.setattr(store_builder, '_write', dying(write))
   monkeypatch.setattr(jobs.Job, 'perform', record)
-  kills = 0
   while True:
-    left[0] = 3  # as much as a unit writes, and a bit less: it must get on somewhere
-    left[0] += kills % 5
+    dying.after = kills % 40  # sometimes less than a unit writes, sometimes more
     try:
       build(path)
       break
     except Killed:
       kills += 1
       assert token_store.read_manifest(str(path)) is None or files(path) == whole[1]
+      assert kills < 1000
   assert kills > 10
-  assert len(unit_writes) == len(set(unit_writes)), 'no finished unit is done again'
+  assert len(done) == len(set(done)) > 10, 'no finished unit is done again'
   assert files(path) == whole[1]
+
+
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path, whole, dying):
+  for n in itertools.count():
+    path = tmp_path / str(n)
+    dying.after = n
+    try:
+      build(path)
+      break
+    except Killed:
+      dying.after = 10**9
+      build(path)
+      assert files(path) == whole[1]
+  assert n > 50
 
 
 def test_killed_while_it_clears_up(tmp_path, whole, monkeypatch):

@@ -206,7 +206,7 @@ def tokenise(
   runs = _Runs(folder, name, order, run_bytes, tally)
   stream = itertools.chain.from_iterable(part.read() for part in parts)
   encode = functools.partial(_encode, vocabulary, int(vocabulary.eos_id))
-  for batch in _batches(stream, tally):
+  for batch in _batches(stream, tally, min(_BATCH_BYTES, run_bytes)):
     runs.add(*encode(batch))
     if tick:
       tick(tally.bytes)
@@ -214,7 +214,9 @@ def tokenise(
   return tally.facts()
 
 
-def _batches(stream: Iterable[Any], tally: _Tally) -> Iterator[list[tuple[Any, bytes]]]:
+def _batches(
+  stream: Iterable[Any], tally: _Tally, batch_bytes: int
+) -> Iterator[list[tuple[Any, bytes]]]:
   """(text or example, what is hashed) of consecutive documents, a few MB at a time."""
   batch, size = [], 0
   for document in stream:
@@ -234,7 +236,7 @@ def _batches(stream: Iterable[Any], tally: _Tally) -> Iterator[list[tuple[Any, b
     tally.bytes += count
     batch.append((document, data))
     size += len(data)
-    if size >= _BATCH_BYTES:
+    if size >= batch_bytes:
       yield batch
       batch, size = [], 0
   if batch:
