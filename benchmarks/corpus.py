@@ -42,7 +42,6 @@ from palm_t5x.corpus import (
   token_store,
   web,
 )
-from palm_t5x.corpus import vocabulary as vocabulary_lib
 
 SEQIO_TASK = """
 import glob, os
@@ -163,6 +162,8 @@ def stages(texts: list[str], folder: pathlib.Path) -> None:
 
 def stores(texts: list[str], folder: pathlib.Path) -> str:
   """Token stores against SeqIO's cache job; returns the vocabulary's file."""
+  from palm_t5x.corpus import vocabulary as vocabulary_lib  # TensorFlow: not in workers
+
   size = sum(len(text.encode()) for text in texts)
   path = str(folder / 'v.model')
   vocabulary = vocabulary_lib.train(texts[: len(texts) // 8], path, 32_000)
@@ -177,9 +178,7 @@ def stores(texts: list[str], folder: pathlib.Path) -> str:
     parts = [documents.Part('all', lambda: iter(texts), size)]
     store_builder.build(where, parts, vocabulary, task='bench', split='train')
 
-  start = time.process_time()
   wall = seconds(build)
-  del start
   # SeqIO's job reads lines; what it tokenises is the same text.
   lines = folder / 'lines'
   lines.mkdir()
@@ -239,6 +238,8 @@ def near(counts: list[int]) -> None:
 
 def chain(texts: list[str], folder: pathlib.Path, vocabulary_path: str) -> None:
   """`t5x corpus` and `t5x cache` on all cores."""
+  from palm_t5x.corpus import vocabulary as vocabulary_lib
+
   vocabulary = vocabulary_lib.SentencePieceVocabulary(vocabulary_path)
   cores, size = os.cpu_count() or 1, sum(len(text.encode()) for text in texts)
   places.use(str(folder / 'raw'), str(folder / 'corpora'))

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from palm_t5x import errors
-from palm_t5x.corpus import documents, quality, web
+from palm_t5x.corpus import documents, quality, quality_report, web
 from palm_t5x.corpus.records import Broken
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -73,9 +73,9 @@ def test_it_tells_curated_from_crawled(model):
   assert manifest['held_out']['accuracy'] > 0.95
   scorer = quality.Quality(path)
   assert scorer.manifest == manifest
-  good = scorer.scores(['This function returns the number of arguments of a module.'])
-  bad = scorer.scores(['cheap free shop now click here best online sale price'])
-  assert good[0] > 0.8 and bad[0] < 0.2
+  good = 'This function returns the number of arguments of a module. '
+  bad = 'cheap free shop now buy the best online sale of the price '
+  assert scorer.score(good * 4) > 0.8 and scorer.score(bad * 4) < 0.2
 
 
 def test_the_manifest_says_what_it_was_trained_on(model, tmp_path):
@@ -106,6 +106,8 @@ def test_steps_and_bounds_of_training(tmp_path):
   assert manifest['data']['curated']['documents'] == 100
   assert 50 < manifest['data']['crawled']['documents'] <= 100
   assert manifest['options']['crawled_steps'] == [repr(short)]
+  with pytest.raises(errors.UserError, match='num_features = 1000 is no power'):
+    quality.train(parts(prose), parts(noise), str(tmp_path), num_features=1000)
   with pytest.raises(
     errors.UserError, match='too few curated documents to train on: 0'
   ):
@@ -126,9 +128,30 @@ def test_a_score_is_the_same_in_any_company(model):
 
 
 def test_scripts_without_spaces_have_words_too():
-  assert quality.words('A b, a', 100) == ['a', 'b', 'a', 'a b', 'b a']
-  assert quality.words('東京 x1', 100) == ['東', '京', 'x1', '東 京', '京 x1']
-  assert quality.words('Über\u00adall', 4) == ['über']
+  assert quality.words('A b, a', 100) == ['a', 'b', 'a']
+  assert quality.words('東京 x1', 100) == ['東', '京', 'x1']
+  assert quality.words('Überall', 4) == ['über']
+
+
+def test_features_are_words_and_pairs_of_them():
+  def found(text):
+    return quality.features(text, 1 << 18, 1000).tolist()
+
+  assert [len(found(text)) for text in ('', 'a', 'a b', 'a b c')] == [0, 1, 3, 5]
+  one, two, three = (
+    found('bees like flowers'),
+    found('flowers like bees'),
+    found('Bees'),
+  )
+  assert one[:3] == two[:3][::-1] and not set(one[3:]) & set(two[3:])
+  assert three == one[:1]
+  # As evenly as chance: 2000 words and their pairs in 2^18 boxes.
+  text = ' '.join(f'w{i}' for i in range(2000))
+  boxes = quality.features(text, 1 << 18, 10**6)
+  assert boxes.min() >= 0 and boxes.max() < 1 << 18
+  assert len(set(boxes.tolist())) > 3999 - 60  # 30 collisions are expected
+  halves = np.bincount(boxes >> 17, minlength=2)
+  assert stats.binomtest(int(halves[0]), 3999).pvalue > 1e-6
 
 
 def test_a_missing_or_damaged_model_is_one_clear_line(model, tmp_path):
@@ -184,7 +207,7 @@ def test_pareto_is_numpys():
 
 
 def run(path, items, **kwargs):
-  step, tally = quality.QualityStep(path, **kwargs), quality.Tally()
+  step, tally = quality.QualityStep(path, **kwargs), quality_report.Tally()
   step = pickle.loads(pickle.dumps(step))
   kept = set()
   for item in items:
@@ -204,10 +227,10 @@ def test_what_is_kept_does_not_depend_on_order_or_shards(model):
   kept, tally = run(path, items)
   shuffled = items[:]
   random.Random(1).shuffle(shuffled)
-  merged, union = quality.Tally(), set()
+  merged, union = quality_report.Tally(), set()
   for i in range(3):
     some, one = run(path, shuffled[i::3])
-    merged.merge(quality.Tally(**json.loads(json.dumps(one.facts()))))
+    merged.merge(quality_report.Tally(**json.loads(json.dumps(one.facts()))))
     union |= some
   assert union == kept and merged == tally
   assert 0 < len(kept) < len(items)

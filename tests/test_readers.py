@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -18,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_t5x import errors
-from palm_t5x.corpus import documents, readers, records, streams
+from palm_t5x.corpus import (
+  documents,
+  dump_formats,
+  readers,
+  records,
+  streams,
+  tfds_reader,
+)
 from palm_t5x.corpus.records import Broken, Ignored
 
 PACKERS = {
@@ -177,6 +185,65 @@ def test_a_damaged_parquet_file(tmp_path):
   items = everything(readers.Files(), tmp_path)
   assert len(good(items)) == 301
   assert reasons(items) == ['damaged .parquet file', 'no column text', 'invalid UTF-8']
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.parquet', 'wiki_00', 't.jsonl'])
+@pytest.mark.parametrize('suffix', PACKERS)
+def test_no_damage_is_fatal(tmp_path, name, suffix):
+  """Bytes changed, left out or put in at random: documents and broken records."""
+  if name == 'x.parquet':
+    table = pa.table({'text': [os.urandom(30).hex() for _ in range(100)]})
+    codec = {'': 'none', '.gz': 'gzip', '.zst': 'zstd'}.get(suffix, 'snappy')
+    path = tmp_path / name
+    pq.write_table(table, path, 30, compression=codec, write_page_checksum=True)
+    data = path.read_bytes()
+  else:
+    line = {
+      'x.jsonl': '{{"text": "{0} {1}", "id": {0}}}\n',
+      't.jsonl': '{{"id": {0}, "thread": 7, "parent": 3, "text": "{1}"}}\n',
+      'wiki_00': '<doc id="{0}" url="u" title="{0}">\n{0}\n\n{1}\n</doc>\n',
+    }[name]
+    text = ''.join(line.format(i, os.urandom(30).hex()) for i in range(100))
+    data = PACKERS[suffix](text.encode())
+    path = tmp_path / f'{name}{suffix}'
+  reader = {'w': dump_formats.WikiExtractor, 't': dump_formats.Threads}.get(
+    name[0], readers.Files
+  )()
+  rng = random.Random(name + suffix)
+  path.write_bytes(data)
+  whole = len(everything(reader, tmp_path))
+  assert whole in (1, 100)
+  for _ in range(25):
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 1, 5))):
+      at = rng.randrange(len(data))
+      kind = rng.randrange(4)
+      if kind < 2:
+        damaged[at : at + 1] = [bytes([rng.randrange(256)]), b''][kind]
+      elif kind == 2:
+        damaged[at:at] = rng.randbytes(20)
+      else:
+        del damaged[at:]
+    path.write_bytes(damaged)
+    items = everything(reader, tmp_path)
+    assert items and all(isinstance(i, documents.Document | Broken) for i in items)
+    if suffix == '' and name == 'x.parquet':  # its pages have checksums
+      assert {d.text for d in good(items)} <= set(table['text'].to_pylist())
+
+
+def test_workers_need_neither_tensorflow_nor_jax():
+  modules = (
+    'readers dump_formats tfds_reader language web conversations prose quality '
+    'quality_report'
+  )
+  code = f"""
+import importlib, sys
+for name in {modules!r}.split():
+  importlib.import_module('palm_t5x.corpus.' + name)
+print({{'tensorflow', 'jax', 'seqio', 'sklearn', 'py3langid'}} & set(sys.modules))
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, check=True)
+  assert done.stdout.decode().strip() == 'set()'
 
 
 def test_text_files_that_are_no_text(tmp_path):
@@ -384,16 +451,16 @@ def test_a_dataset_of_tfds(tmp_path):
     data_dir=tmp_path,
   )
   builder.download_and_prepare()
-  reader = readers.Tfds('tfds:toy:1.0.0')
+  reader = tfds_reader.Tfds('tfds:toy:1.0.0')
   assert sorted(d.text for d in everything(reader, tmp_path)) == sorted(TEXTS)
   with pytest.raises(errors.UserError, match="no split 'test', only train"):
-    readers.Tfds('toy', split='test').parts(str(tmp_path))
+    tfds_reader.Tfds('toy', split='test').parts(str(tmp_path))
   with pytest.raises(errors.UserError, match="no feature 'body', only text"):
-    readers.Tfds('toy', text_key='body').parts(str(tmp_path))
+    tfds_reader.Tfds('toy', text_key='body').parts(str(tmp_path))
   with pytest.raises(errors.UserError, match='is not prepared: there is no'):
-    readers.Tfds('tiny_shakespeare:1.0.0').parts(str(tmp_path))
+    tfds_reader.Tfds('tiny_shakespeare:1.0.0').parts(str(tmp_path))
 
 
 def test_a_builder_tfds_does_not_know(tmp_path):
   with pytest.raises(errors.UserError, match="TFDS cannot build 'no_such_set'"):
-    readers.Tfds('no_such_set').parts(str(tmp_path))
+    tfds_reader.Tfds('no_such_set').parts(str(tmp_path))

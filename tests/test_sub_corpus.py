@@ -283,3 +283,10 @@ def test_damage_is_named(raw):
   (folder / 'manifest.json').write_text(json.dumps(values))
   with pytest.raises(errors.Failure, match='was changed after it was written'):
     texts('train')
+
+
+@pytest.mark.parametrize(('share', 'expected'), [(0.0, 0), (1e-9, 1)])
+def test_something_is_held_out_unless_nothing_shall_be(raw, share, expected):
+  corpus_command.corpus(definition=definition(validation_share=share), workers=1)
+  assert len(texts('validation')) == expected
+  assert len(texts('train')) == len(KEPT) - expected

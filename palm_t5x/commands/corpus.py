@@ -48,14 +48,14 @@ def corpus(
       't5x corpus needs a sub-corpus to make, such as --gin_file=corpus/books.gin '
       '--data_dir=raw/books; or --report, for those that are finished.'
     )
+  for function in before:
+    function()
   output = processed.folder(definition.name)
   shares = definition.shares(places.data_dir())
   settings = sub_corpus.settings(definition, shares)
   if _is_finished(output, settings):
     _say(processed.read_manifest(output), output)
     return
-  for function in before:
-    function()
   if _make(definition, shares, settings, output, runner, workers, shard_id, num_shards):
     _say(processed.read_manifest(output), output)
   else:

@@ -3,7 +3,7 @@
 A reader is a frozen dataclass whose fields Gin can bind; `parts(data_dir)` cuts what
 lies there into shares that workers read side by side. What each yields, and how broken
 records are passed over: `records.py`. Dumps of Wikipedia and of message threads:
-`dump_formats.py`.
+`dump_formats.py`. TensorFlow Datasets: `tfds_reader.py`.
 """
 
 import collections
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LINES = ('.jsonl', '.json', '.ndjson')
 _KNOWN = '.txt, .jsonl, .json, .ndjson (each also .gz, .zst, .bz2, .xz) and .parquet'
-_ROWS = 128  # of a parquet file that are in memory at a time
+_BATCH_BYTES = 16 << 20  # of a parquet file's rows that are in memory at a time
 _BINARY = 8192  # bytes; a NUL in the first so many makes a file binary, as for git
 
 
@@ -246,7 +246,8 @@ def _record(
 def _parquet(reader: Files, full: str, path: str, start, stop) -> Iterator[Any]:
   """The rows of row groups start..stop-1, a few at a time."""
   try:
-    file = pq.ParquetFile(full)
+    # Buffered: else a whole column of a row group, often a gigabyte, is in memory.
+    file = pq.ParquetFile(full, buffer_size=1 << 20, page_checksum_verification=True)
   except (pa.ArrowException, OSError):
     yield Broken(path, 'damaged .parquet file')
     return
@@ -264,7 +265,8 @@ def _parquet(reader: Files, full: str, path: str, start, stop) -> Iterator[Any]:
     for group in groups:
       first = row
       try:
-        batches = file.iter_batches(_ROWS, row_groups=[group], columns=columns)
+        size = _rows_at_a_time(file.metadata.row_group(group), columns)
+        batches = file.iter_batches(size, row_groups=[group], columns=columns)
         for batch in batches:
           yield from _rows(reader, path, batch, row)
           row += batch.num_rows
@@ -273,6 +275,17 @@ def _parquet(reader: Files, full: str, path: str, start, stop) -> Iterator[Any]:
       row = first + file.metadata.row_group(group).num_rows
     if not row:
       yield Broken(path, 'empty file')
+
+
+def _rows_at_a_time(group, columns: Sequence[str]) -> int:
+  """How many rows of a group are about `_BATCH_BYTES`."""
+  chunks = [group.column(i) for i in range(group.num_columns)]
+  size = sum(
+    chunk.total_uncompressed_size
+    for chunk in chunks
+    if chunk.path_in_schema.split('.')[0] in columns
+  )
+  return max(1, min(1024, group.num_rows * _BATCH_BYTES // max(size, 1)))
 
 
 def _rows(reader: Files, path: str, batch: pa.RecordBatch, row: int) -> Iterator[Any]:
@@ -372,91 +385,3 @@ def _read_tree(reader: SourceTree, data_dir: str, paths) -> Iterator[Any]:
       name = documents.clean(path)
       meta = {'repository': reader.repository(name), 'extension': _extension(name)}
       yield documents.Document(name, text, name, meta)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tfds:
-  """A dataset that TensorFlow Datasets has prepared, such as 'c4/en:3.1.0'.
-
-  Its shards are the parts. The folder is TFDS's own data_dir.
-
-  Attributes:
-    name: 'name/config:version'; 'tfds:' in front of it is passed over.
-    split: one of its splits.
-    text_key: the feature that holds the text.
-    source_key: one that says where it is from, if there is one.
-  """
-
-  name: str
-  split: str = 'train'
-  text_key: str = 'text'
-  source_key: str | None = 'url'
-
-  def parts(self, data_dir: str | None = None) -> list[documents.Part]:
-    """See `records.Reader`. None: ~/tensorflow_datasets, or TFDS_DATA_DIR."""
-    builder = _builder(self.name, data_dir)
-    splits = builder.info.splits
-    if self.split not in splits:
-      raise errors.UserError(
-        f'{self.name} has no split {self.split!r}, only {", ".join(splits)}.'
-      )
-    if self.text_key not in builder.info.features:
-      raise errors.UserError(
-        f'{self.name} has no feature {self.text_key!r}, only '
-        f'{", ".join(builder.info.features)}.'
-      )
-    split = splits[self.split]
-    return [
-      documents.Part(
-        f'{i:05d}-{records.slug(self.name)}-{self.split}',
-        functools.partial(_read_tfds, self, data_dir, i),
-        split.num_bytes // split.num_shards,
-      )
-      for i in range(split.num_shards)
-    ]
-
-
-def _builder(name: str, data_dir: str | None):
-  """TFDS's builder, whose data are there.
-
-  Raises:
-    UserError: there is no such dataset, or it was not prepared.
-  """
-  import tensorflow_datasets as tfds
-
-  name = name.removeprefix('tfds:')
-  try:
-    builder = tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as e:
-    problem = (str(e).strip().splitlines() or [''])[0]
-    raise errors.UserError(f'TFDS cannot build {name!r}: {problem}') from e
-  # Not left to TFDS: without a network it retries for minutes.
-  if not builder.data_path.exists():
-    raise errors.UserError(
-      f'{name} is not prepared: there is no {builder.data_path}. Prepare it with `tfds '
-      f'build {name}` where there is a network, or set --data_dir to the folder that '
-      'holds it.'
-    )
-  return builder
-
-
-def _read_tfds(reader: Tfds, data_dir: str | None, shard: int) -> Iterator[Any]:
-  import tensorflow_datasets as tfds
-
-  builder = _builder(reader.name, data_dir)
-  dataset = builder.as_dataset(
-    split=f'{reader.split}[{shard}shard]', shuffle_files=False
-  )
-  for i, example in enumerate(tfds.as_numpy(dataset)):
-    place = f'{reader.split}-{shard:05d}:{i}'
-    source = example.get(reader.source_key) if reader.source_key else None
-    try:
-      text = example[reader.text_key].decode()
-    except UnicodeDecodeError:
-      yield Broken(place, 'invalid UTF-8')
-      continue
-    except AttributeError:
-      yield Broken(place, f'{reader.text_key} is no string')
-      continue
-    source = source.decode(errors='replace') if isinstance(source, bytes) else ''
-    yield documents.Document(place, text, source or reader.name)

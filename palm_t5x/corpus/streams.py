@@ -15,8 +15,8 @@ COMPRESSIONS = ('.gz', '.zst', '.bz2', '.xz')
 
 _BLOCK = 1 << 20  # bytes that are read, or decompressed, at a time
 # zstd packs up to 128 KiB into 4 bytes, and its decompressor has no limit on output:
-# this much input yields 64 MiB at the very most.
-_ZSTD_BLOCK = 1 << 11
+# this much input yields 32 MiB at the very most.
+_ZSTD_BLOCK = 1 << 10
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs, as Reddit's dumps do
 
 
@@ -101,8 +101,9 @@ def _zstd(data: Iterable[bytes]) -> Iterator[bytes]:
           block = frame.unused_data
           frame, begun = decompressor.decompressobj(), False
       if size >= _BLOCK:
-        yield b''.join(out)
-        out, size = [], 0
+        joined, out, size = b''.join(out), [], 0
+        for start in range(0, len(joined), _BLOCK):
+          yield joined[start : start + _BLOCK]
   yield b''.join(out)
   if begun:
     raise Damaged('cut-off .zst file')

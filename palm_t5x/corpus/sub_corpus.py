@@ -29,6 +29,7 @@ from palm_t5x.corpus import (
   jobs,
   near_duplicates,
   processed,
+  quality,
   records,
 )
 
@@ -43,7 +44,7 @@ class Stream:
 
   Attributes:
     reader: has `parts(folder)`; see `readers`.
-    steps: called in turn with each document; see `documents.Dropped`.
+    steps: called in turn with each document; see `documents.Dropped`. None is no step.
     folder: where its files lie below the data directory; '' is that directory itself.
     optional: whether the sub-corpus can do without it, if its folder is not there.
   """
@@ -52,6 +53,11 @@ class Stream:
   steps: Sequence[Any] = ()
   folder: str = ''
   optional: bool = False
+
+  @property
+  def chain(self) -> tuple:
+    """The steps, without those that are None."""
+    return tuple(step for step in self.steps if step is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,8 @@ class SubCorpus:
     name: its folder below CORPUS_DIR and the name of its task.
     streams: its kinds of raw files.
     near_duplicates: a `near_duplicates.Options`, or None to keep near-duplicates.
-    validation_share: of documents held out at random, by a hash of their text.
+    validation_share: of documents held out at random, by a hash of their text; one at
+      least, unless it is 0.
     max_broken, max_broken_share: so many broken records of a share of the raw files
       are passed over, or so large a part of what was read of it, if that is more.
     salt: of the random split; another salt is another draw.
@@ -89,7 +96,7 @@ class SubCorpus:
         continue
       prefix = f'{stream.folder}/' if len(self.streams) > 1 else ''
       found += [
-        Share(f'{number}-{i:05d}', part, tuple(stream.steps), prefix)
+        Share(f'{number}-{i:05d}', part, stream.chain, prefix)
         for i, part in enumerate(stream.reader.parts(folder))
       ]
     if not found:
@@ -158,13 +165,16 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     ]
 
   def write(job):
-    del job
+    done = job.facts('read').values()
+    least = min((facts['smallest_draw'] for facts in done), default=0.0)
+    limit = max(corpus.validation_share, least) if corpus.validation_share else -1.0
+    draw = functools.partial(_split_of, corpus, limit)
     # Near-duplicates were looked for among the files without exact ones.
     how = (
       (kept, places, None) if corpus.near_duplicates is None else (unique, None, near)
     )
     return [
-      jobs.Unit(names[i], _write, (how[0](i), i, *how[1:], output, len(shares), corpus))
+      jobs.Unit(names[i], _write, (how[0](i), i, *how[1:], output, len(shares), draw))
       for i in every
     ]
 
@@ -196,6 +206,7 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
   """Unit of 'read'."""
   counts, hash_file, kept_bytes = records.Counts(), exact_duplicates.HashFile(), 0
   dropped: dict[str, dict[str, Any]] = {}
+  scores, smallest = quality.Tally(), 1.0
   source = records.tolerant(
     share.part.read(),
     counts,
@@ -206,12 +217,16 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
     for document in source:
       document.id = share.prefix + document.id
       text = document.text = documents.clean(document.text)
-      for outcome in _through(document, share.steps):
+      outcomes = _through(document, share.steps)
+      scores.add(document, not isinstance(outcomes[0], documents.Dropped))
+      for outcome in outcomes:
         if isinstance(outcome, documents.Dropped):
           _count_dropped(dropped, outcome.reason, document.id, text)
           continue
         outcome.text = documents.clean(outcome.text)
-        hash_file.add(outcome.hash())
+        text_hash = outcome.hash()
+        hash_file.add(text_hash)
+        smallest = min(smallest, _draw(corpus, text_hash))
         writer.add(outcome)
         kept_bytes += len(outcome.text.encode())
   hash_file.write(hashes)
@@ -220,7 +235,14 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
     'kept': writer.num_documents,
     'kept_bytes': kept_bytes,
     'dropped': dropped,
+    'scores': scores.facts(),
+    'smallest_draw': smallest,
   }
+
+
+def _draw(corpus: SubCorpus, text_hash: bytes) -> float:
+  """What decides about a document's split: below a limit it is held out."""
+  return documents.uniform(corpus.salt, text_hash.hex())
 
 
 def _count_dropped(dropped, reason: str, name: str, text: str) -> None:
@@ -241,7 +263,11 @@ def _unique(source: str, places: str, part: int, target: str) -> dict[str, int]:
   return {'documents': writer.num_documents}
 
 
-def _write(source, part, places, near, output, num_parts, corpus) -> dict[str, Any]:
+def _split_of(corpus: SubCorpus, limit: float, document: documents.Document) -> str:
+  return 'validation' if _draw(corpus, document.hash()) <= limit else 'train'
+
+
+def _write(source, part, places, near, output, num_parts, split_of) -> dict[str, Any]:
   """Unit of 'write'; `places` or `near` is None where it has been applied already."""
   gone = exact_duplicates.dropped_of(places, part) if places else set()
   near_gone = near_duplicates.dropped(near, part) if near else {}
@@ -262,8 +288,7 @@ def _write(source, part, places, near, output, num_parts, corpus) -> dict[str, A
         if len(near_examples) < _EXAMPLES:
           near_examples.append([document.id, near_gone[document.id]])
         continue
-      held = documents.uniform(corpus.salt, document.hash().hex())
-      split = 'validation' if held < corpus.validation_share else 'train'
+      split = split_of(document)
       writers[split].add(document)
       counts[split]['documents'] += 1
       counts[split]['bytes'] += len(document.text.encode())
@@ -285,12 +310,21 @@ def settings(corpus: SubCorpus, shares: Sequence[Share]) -> dict[str, Any]:
   near = corpus.near_duplicates
   return {
     'name': corpus.name,
-    'streams': [repr(stream) for stream in corpus.streams],
+    'streams': [_settings(stream) for stream in corpus.streams],
     'near_duplicates': None if near is None else near.settings(),
     'validation_share': corpus.validation_share,
     'salt': corpus.salt,
     'inputs': hashlib.blake2b(inputs.encode(), digest_size=8).hexdigest(),
   }
+
+
+def _settings(stream: Stream) -> dict[str, Any]:
+  # What a step has learned counts, not where that lies.
+  steps = [
+    step.settings() if hasattr(step, 'settings') else repr(step)
+    for step in stream.chain
+  ]
+  return {'reader': repr(stream.reader), 'folder': stream.folder, 'steps': steps}
 
 
 def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
