@@ -1,9 +1,16 @@
 """A sub-corpus from raw files, against what a few lines of Python say it must be."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -290,3 +297,42 @@ def test_something_is_held_out_unless_nothing_shall_be(raw, share, expected):
   corpus_command.corpus(definition=definition(validation_share=share), workers=1)
   assert len(texts('validation')) == expected
   assert len(texts('train')) == len(KEPT) - expected
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path):
+  """The command, killed at moments all over its work, ends with the same bytes."""
+  raw = tmp_path / 'raw'
+  raw.mkdir()
+  for number in range(40):
+    begin = f'Document {number % 37} of the news, '
+    lines = [f'{begin} line {i} of the day. ' * 9 for i in range(60)]
+    records = [json.dumps({'id': i, 'text': line}) for i, line in enumerate(lines)]
+    (raw / f'{number:02d}.jsonl').write_text('\n'.join(records))
+
+  def command(folder):
+    return [
+      *(sys.executable, '-m', 'palm_t5x', 'corpus', '--gin_file=corpus/news.gin'),
+      *(f'--data_dir={raw}', f'--gin.CORPUS_DIR={folder}', '--gin.WORKERS=2'),
+      *('--gin.readers.Files.part_bytes=40000', '--gin.VALIDATION_SHARE=0.1'),
+      '--gin.NEAR_DUPLICATES=@near_duplicates.Options()',
+      '--gin_bindings=from palm_t5x.corpus import near_duplicates',
+    ]
+
+  began = time.monotonic()
+  subprocess.run(command(tmp_path / 'straight'), check=True)
+  took = time.monotonic() - began
+  draw, kills = random.Random(0), 0
+  while kills < 5:
+    process = subprocess.Popen(command(tmp_path / 'killed'), start_new_session=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(took * draw.uniform(0.3, 0.9))
+    if process.poll() is not None:
+      assert process.returncode == 0 and kills, 'too fast to be killed'
+      break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kills += 1
+  subprocess.run(command(tmp_path / 'killed'), check=True)
+  assert tree(tmp_path / 'killed/news') == tree(tmp_path / 'straight/news')
+  assert len(tree(tmp_path / 'straight/news')) > 80

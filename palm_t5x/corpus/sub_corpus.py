@@ -29,7 +29,7 @@ from palm_t5x.corpus import (
   jobs,
   near_duplicates,
   processed,
-  quality,
+  quality_report,
   records,
 )
 
@@ -206,7 +206,7 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
   """Unit of 'read'."""
   counts, hash_file, kept_bytes = records.Counts(), exact_duplicates.HashFile(), 0
   dropped: dict[str, dict[str, Any]] = {}
-  scores, smallest = quality.Tally(), 1.0
+  scores, smallest = quality_report.Tally(), 1.0
   source = records.tolerant(
     share.part.read(),
     counts,
