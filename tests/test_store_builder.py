@@ -314,8 +314,33 @@ def test_files_deleted_before_the_end_are_missed(tmp_path, monkeypatch):
 
 def test_mixed_kinds(tmp_path):
   mixed = ['text', {'targets': [4], 'bytes': 1}]
-  with pytest.raises(errors.UserError, match=r'different kinds .*\(targets, text\)'):
+  kinds = r'different kinds .*\(targets, text\)'
+  with pytest.raises(errors.UserError, match=kinds):
     build(tmp_path / 's', mixed)
+  parts = [Part(f'p{i}', lambda i=i: iter([mixed[i]]), 9) for i in range(2)]
+  with pytest.raises(errors.UserError, match=kinds):
+    build(tmp_path / 's', parts)
+
+
+def test_no_text_in_any_part(tmp_path):
+  empty = [Part(f'p{i}', lambda: iter(['']), 9) for i in range(2)]
+  with pytest.raises(errors.UserError, match="'toy' has no text in its split 'train'"):
+    build(tmp_path / 's', empty)
+
+
+def test_a_mistake_in_one_part_costs_the_others_nothing(tmp_path, whole, monkeypatch):
+  def mistake():
+    raise errors.UserError('line 3 of x.jsonl is no document')
+
+  path, work = tmp_path / 's', tmp_path / 's.building'
+  bad = [*THREE[:2], Part(THREE[2].name, mistake, THREE[2].num_bytes)]
+  with pytest.raises(errors.UserError, match=r'^line 3 of x\.jsonl'):
+    build(path, bad)
+  with pytest.raises(errors.UserError, match='--shard_id=5 with --num_shards=2'):
+    build(path, shard_id=5, num_shards=2)
+  assert len(list(work.glob('tokenise/*.json'))) == 2
+  build(path, [Part(p.name, mistake, p.num_bytes) for p in THREE[:2]] + THREE[2:])
+  assert files(path) == whole[1]
 
 
 # --- Slow: real kills, memory, Beam.

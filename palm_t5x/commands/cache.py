@@ -69,11 +69,7 @@ def cache(
     )
   if not isinstance(workers, int) or workers < 1:
     raise UserError(f'WORKERS = {workers!r}: it is a number of processes, or None.')
-  if not 0 <= shard_id < num_shards:
-    raise UserError(
-      f'--shard_id={shard_id} with --num_shards={num_shards}: shards are numbered 0 to '
-      f'{num_shards - 1}.'
-    )
+  jobs.check_shard(shard_id, num_shards)
   if verify:
     _check_exists(vocabulary)
     stores = _stores(mixture_or_task_name, splits, vocabulary, cache_dir, seed)

@@ -194,6 +194,15 @@ def is_parallel(workers: int | Pool) -> bool:
   return (workers.workers if isinstance(workers, Pool) else workers) > 1
 
 
+def check_shard(shard_id: int, num_shards: int) -> None:
+  """Raises UserError if there is no such shard."""
+  if not 0 <= shard_id < num_shards:
+    raise errors.UserError(
+      f'--shard_id={shard_id} with --num_shards={num_shards}: shards are numbered 0 to '
+      f'{num_shards - 1}.'
+    )
+
+
 def run(
   job: Job,
   stages: Sequence[Stage],
@@ -226,11 +235,7 @@ def run(
     UserError: no such shard.
     Failure: a worker process died; or what a unit raised.
   """
-  if not 0 <= shard_id < num_shards:
-    raise errors.UserError(
-      f'--shard_id={shard_id} with --num_shards={num_shards}: shards are numbered 0 to '
-      f'{num_shards - 1}.'
-    )
+  check_shard(shard_id, num_shards)
   pool = workers if isinstance(workers, Pool) else Pool(workers)
   shards = _Shards(job, shard_id, num_shards, finished or (lambda: False))
   with contextlib.ExitStack() as stack:

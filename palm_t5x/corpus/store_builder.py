@@ -110,6 +110,7 @@ def build(
     UserError: there are no documents, or they are of different kinds.
     Failure: the disk is full, the folder cannot be written to, a worker died.
   """
+  jobs.check_shard(shard_id, num_shards)
   path = storage.normalise(path)
   work = work_folder(path)
   with contextlib.ExitStack() as stack:
@@ -137,7 +138,8 @@ def build(
         report = progress and functools.partial(_report, progress)
         done = jobs.run(job, stages, workers=workers, progress=report, **shard)
     except errors.UserError:
-      job.delete()  # so that it is read again when there is something to read
+      if not _are_parts(documents):
+        job.delete()  # there was one unit, and it failed
       raise
     except errors.Failure:
       # Another shard finished the store and deleted what this one was reading.
@@ -211,7 +213,7 @@ def _stages(build, documents, vocabulary, job, workers, runner, progress):
   if parts is None:
     part = Part('documents', lambda: iter(documents))
     tick = progress and (lambda done: progress(f'tokenising {label}', done, 0))
-    work = functools.partial(_tokenise, build, vocabulary, tick)
+    work = functools.partial(_tokenise_all, build, vocabulary, tick)
     units = [jobs.Unit('000000', work, ('000000', (part,)), 0)]
   else:
     stored = vocabulary
@@ -270,6 +272,32 @@ def _tokenise(build: _Build, vocabulary, tick, name: str, parts) -> dict[str, An
   )
 
 
+def _tokenise_all(build: _Build, vocabulary, tick, name: str, parts) -> dict[str, Any]:
+  """The only unit of `tokenise`; not done unless it found something."""
+  return _checked(build, [_tokenise(build, vocabulary, tick, name, parts)])[0]
+
+
+def _checked(build: _Build, units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The facts of tokenising units.
+
+  Raises:
+    UserError: all of them together have no documents, or documents of two kinds.
+  """
+  kinds = sorted({kind for facts in units for kind in facts['kinds']})
+  if len(kinds) > 1:
+    raise errors.UserError(
+      f"Task '{build.order.task}' mixes documents of different kinds in its split "
+      f"'{build.order.split}' ({', '.join(kinds)}): all or none must have 'inputs', "
+      'and be tokenised.'
+    )
+  if not kinds:
+    raise errors.UserError(
+      f"Task '{build.order.task}' has no text in its split '{build.order.split}': "
+      'there is nothing to tokenise. Check where the task reads its files from.'
+    )
+  return units
+
+
 def _plan_units(build: _Build, job: jobs.Job) -> list[jobs.Unit]:
   return [jobs.Unit('plan', _plan, (build,))]
 
@@ -277,25 +305,14 @@ def _plan_units(build: _Build, job: jobs.Job) -> list[jobs.Unit]:
 def _plan(build: _Build) -> dict[str, Any]:
   """Adds up the runs' indices and makes the empty arrays."""
   units = jobs.Job(build.work).facts('tokenise')
-  kinds = sorted({kind for facts in units.values() for kind in facts['kinds']})
-  if len(kinds) > 1:
-    raise errors.UserError(
-      f"Task '{build.order.task}' mixes documents of different kinds in its split "
-      f"'{build.order.split}' ({', '.join(kinds)}): all or none must have 'inputs', "
-      'and be tokenised.'
-    )
+  found = _checked(build, [*units.values()])
   names = ('documents', 'tokens', 'bytes', 'empty')
-  counts = {name: sum(facts[name] for facts in units.values()) for name in names}
-  if not counts['documents']:
-    raise errors.UserError(
-      f"Task '{build.order.task}' has no text in its split '{build.order.split}': "
-      'there is nothing to tokenise. Check where the task reads its files from.'
-    )
+  counts = {name: sum(facts[name] for facts in found) for name in names}
   runs = [f'{unit}-{i}' for unit, facts in units.items() for i in range(facts['runs'])]
   buckets = np.zeros(((1 << build.order.bits) + 1, 2), np.uint64)
   for data in storage.read_ranges(build.runs, [(f'{r}.index', 0, None) for r in runs]):
     buckets += np.frombuffer(data, '<u8').reshape(buckets.shape)
-  facts = {**counts, 'has_inputs': kinds == ['inputs']}
+  facts = {**counts, 'has_inputs': any('inputs' in facts['kinds'] for facts in found)}
   token_store.create_arrays(build.path, _lengths(facts), build.layout)
   storage.write_bytes(
     storage.join(build.tables, 'runs.json'), json.dumps(runs).encode()
