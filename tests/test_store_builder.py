@@ -21,7 +21,7 @@ from toy_stores import LIMITS, TEXTS, THREE, build, build_shard, files, parts
 
 from palm_t5x import errors
 from palm_t5x.corpus import beam_runner, jobs, storage, store_builder, token_store
-from palm_t5x.corpus.documents import Part
+from palm_t5x.corpus.documents import Document, Part
 
 
 @pytest.fixture(scope='module')
@@ -422,3 +422,26 @@ def test_beam_says_what_a_unit_said_and_goes_on(tmp_path, whole):
     build(tmp_path / 's', bad, runner=runner)
   build(tmp_path / 's', runner=runner)
   assert files(tmp_path / 's') == whole[1]
+
+
+def test_tokens_by_language_are_counted(tmp_path):
+  texts = [
+    ('en', 'one two'),
+    ('de', 'eins'),
+    (None, 'x'),
+    ('en', 'three'),
+    ('und', '?'),
+  ]
+
+  def read():
+    for i, (language, text) in enumerate(texts):
+      meta = {} if language is None else {'language': language}
+      yield Document(str(i), text, meta=meta)
+
+  manifest = toy_stores.build(str(tmp_path / 'store'), [Part('a', read, 10)])
+  expected = {}
+  for language, text in texts:
+    if language:
+      expected[language] = expected.get(language, 0) + len(toy_stores.ids(text))
+  assert manifest.languages == expected
+  assert token_store.read_manifest(str(tmp_path / 'store')).languages == expected
