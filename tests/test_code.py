@@ -8,7 +8,8 @@ import test_licences
 
 from palm_t5x import errors
 from palm_t5x.corpus import code, code_languages
-from palm_t5x.corpus.documents import Broken, Document, Dropped
+from palm_t5x.corpus.documents import Document, Dropped
+from palm_t5x.corpus.records import Broken, Ignored
 
 BODY = 'def add(first, second):\n  """The sum."""\n  return first + second\n'
 
@@ -109,7 +110,8 @@ def test_files_that_cannot_be_read(tmp_path):
   assert sorted(documents) == ['r/.github/d.py', 'r/LICENSE', 'r/c.py']
   assert documents['r/c.py'] == BODY
   assert Broken('r/a.py', 'invalid UTF-8') in found
-  assert Dropped('binary') in found and Dropped('larger than max_file_bytes') in found
+  assert Ignored('r/b.py', 'binary') in found
+  assert Ignored('r/big.py', 'larger than max_file_bytes') in found
 
 
 def test_parts_are_balanced_and_repeat_themselves(tmp_path):

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from palm_t5x import errors
 from palm_t5x.corpus import code_languages, licences
 from palm_t5x.corpus.code_languages import LANGUAGES
-from palm_t5x.corpus.documents import Broken, Document, Dropped, Part
+from palm_t5x.corpus.documents import Document, Dropped, Part
+from palm_t5x.corpus.records import Broken, Ignored
 
 _CONTROL = {'.git', '.hg', '.svn', '.bzr', 'CVS'}
 _EVIDENCE_BYTES = 200_000  # of a licence file that are read
@@ -88,7 +89,7 @@ class Repositories:
 
   def read(
     self, data_dir: str, repositories: tuple[str, ...]
-  ) -> Iterator[Document | Dropped | Broken]:
+  ) -> Iterator[Document | Broken]:
     """The files of some repositories, in order of their paths."""
     for repository in repositories:
       yield from self._folder(data_dir, repository, repository, licences.UNKNOWN)
@@ -124,16 +125,16 @@ class Repositories:
     own = licences.detect(texts, self.rules) if texts else licences.UNKNOWN
     return above if own.kind == 'unknown' else own
 
-  def _file(self, place, path, repository, licence) -> Document | Dropped | Broken:
+  def _file(self, place, path, repository, licence) -> Document | Broken:
     try:
       if os.path.getsize(place) > self.max_file_bytes:
-        return Dropped('larger than max_file_bytes')
+        return Ignored(_name(path), 'larger than max_file_bytes')
       with open(place, 'rb') as f:
         data = f.read()
     except OSError as e:
       return Broken(_name(path), f'it cannot be read: {e.strerror}')
     if b'\0' in data:
-      return Dropped('binary')
+      return Ignored(_name(path), 'binary')
     try:
       text = data.decode('utf-8-sig')
     except UnicodeDecodeError:

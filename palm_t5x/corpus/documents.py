@@ -53,19 +53,6 @@ class Dropped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
-  """What a reader yields for a record it cannot read.
-
-  Attributes:
-    place: the file, and where in it.
-    reason: a short phrase, the same for all records broken in this way.
-  """
-
-  place: str
-  reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
   """A share of a corpus that one worker reads from beginning to end.
 
