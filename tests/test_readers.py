@@ -1,6 +1,7 @@
 """Readers: every format gives back what was written; damage is told, never fatal."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -282,6 +283,11 @@ def test_fields_by_any_name(tmp_path):
   assert everything(reader, tmp_path) == [
     documents.Document('x.jsonl#k7', 'T\nB', 'http://x', {'year': 1999})
   ]
+
+
+def test_all_readers_can_be_named_in_one_place():
+  names = {'Files', 'SourceTree', 'Tfds', 'Threads', 'WikiExtractor'}
+  assert {n for n in names if dataclasses.is_dataclass(getattr(readers, n))} == names
 
 
 def test_nothing_to_read_says_where_and_what(tmp_path, caplog):

@@ -219,13 +219,7 @@ def train(
     [documents.uniform(seed, 'held out', r[0]) < _HELD_OUT for r in rows], bool
   )
   y = np.array([label for _, _, label in rows], np.int8)
-  for kind, label in (('curated', 1), ('crawled', 0)):
-    for share, name in ((~held_out, 'train on'), (held_out, 'hold out')):
-      if not np.any(share & (y == label)):
-        raise errors.UserError(
-          f'There are too few {kind} documents to {name}: {int((y == label).sum())} in '
-          'all, not counting those that are both. Name more data.'
-        )
+  _check_numbers(y, held_out)
   X = _matrix([text for _, text, _ in rows], num_features, max_characters)
   # Not by stochastic descent, which is ten times faster and whose scores are nearly all
   # 0 or 1: sampling in proportion would keep or drop, not make rare.
@@ -264,6 +258,16 @@ def train(
     told['documents'],
   )
   return manifest
+
+
+def _check_numbers(y: np.ndarray, held_out: np.ndarray) -> None:
+  for kind, label in (('curated', 1), ('crawled', 0)):
+    for share, name in ((~held_out, 'train on'), (held_out, 'hold out')):
+      if not np.any(share & (y == label)):
+        raise errors.UserError(
+          f'There are too few {kind} documents to {name}: {int((y == label).sum())} in '
+          'all, not counting those that are both. Name more data.'
+        )
 
 
 def _facts(draw: _Draw) -> dict[str, Any]:

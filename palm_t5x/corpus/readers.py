@@ -2,8 +2,8 @@
 
 A reader is a frozen dataclass whose fields Gin can bind; `parts(data_dir)` cuts what
 lies there into shares that workers read side by side. What each yields, and how broken
-records are passed over: `records.py`. Dumps of Wikipedia and of message threads:
-`dump_formats.py`. TensorFlow Datasets: `tfds_reader.py`.
+records are passed over: `records.py`. All readers can be named here, for Gin; those of
+dumps are in `dump_formats.py`, that of TensorFlow Datasets in `tfds_reader.py`.
 """
 
 import collections
@@ -20,9 +20,13 @@ import pyarrow.parquet as pq
 
 from palm_t5x import errors
 from palm_t5x.corpus import documents, records, streams
+from palm_t5x.corpus.dump_formats import Threads, WikiExtractor
 from palm_t5x.corpus.records import Broken, Ignored
+from palm_t5x.corpus.tfds_reader import Tfds
 
 logger = logging.getLogger(__name__)
+
+__all__ = ('Files', 'SourceTree', 'Tfds', 'Threads', 'WikiExtractor')
 
 _LINES = ('.jsonl', '.json', '.ndjson')
 _KNOWN = '.txt, .jsonl, .json, .ndjson (each also .gz, .zst, .bz2, .xz) and .parquet'
