@@ -174,7 +174,7 @@ def test_worker_processes_give_the_same_store(tmp_path, whole):
 
 @pytest.mark.slow
 def test_seven_workers_give_the_same_store(tmp_path, whole):
-  build(tmp_path / 's', workers=7)
+  build(tmp_path / 's', parts(*([i] for i in range(len(TEXTS)))), workers=7)
   assert files(tmp_path / 's') == whole[1]
 
 
