@@ -1,5 +1,7 @@
 """Batches by step: any subset of steps, any resumption, any mesh reads the same."""
 
+import dataclasses
+
 import fixture_tasks
 import numpy as np
 import pytest
@@ -108,3 +110,22 @@ def test_every_validation_token_is_predicted_once(cache, vocabulary):
   (reader,) = datasets.eval_readers(cfg, vocabulary, cache, 0).values()
   weights = sum(b['decoder_loss_weights'].sum() for b in reader.batches(8))
   assert weights == reader.num_tokens
+
+
+def test_reading_twice_is_refused_unless_allowed(cache, vocabulary):
+  """The first step too many, counted row by row, is the first that is refused."""
+  cfg = _config(8)
+  strict = dataclasses.replace(cfg, allow_repeats=False)
+  dataset = datasets.TrainDataset(strict, vocabulary, cache, seed=0)
+  rows = dataset.reader.rows_available
+  names, seen, steps = list(rows), dict.fromkeys(rows, 0), 0
+  while all(seen[name] <= rows[name] for name in names):
+    steps += 1
+    task, _ = dataset.reader.schedule.lookup(np.arange(8 * steps))
+    seen = {name: int((task == i).sum()) for i, name in enumerate(dataset.reader.names)}
+  dataset.check_repeats(steps - 1)
+  (short,) = [name for name in names if seen[name] > rows[name]]
+  missing = 64 * (seen[short] - rows[short])
+  with pytest.raises(UserError, match=rf'{short} has .* \({missing:,} short'):
+    dataset.check_repeats(steps)
+  datasets.TrainDataset(cfg, vocabulary, cache, seed=0).check_repeats(10 * steps)

@@ -139,7 +139,7 @@ def test_a_thread_a_line(tmp_path):
 def test_reddit_comments_come_together(tmp_path):
   post = {'id': 'p1', 'title': 'Why?', 'selftext': 'Tell me.', 'created_utc': 0}
   comments = [
-    {'id': 'c1', 'link_id': 't3_p1', 'parent_id': 't3_p1', 'body': 'So.'},
+    {'id': 'c1', 'link_id': 't3_p1', 'parent_id': 't3_p1', 'body': '&gt; So.'},
     {'id': 'd1', 'link_id': 't3_p2', 'parent_id': 't3_p2', 'body': 'Else.'},
     {'id': 'c2', 'link_id': 't3_p1', 'parent_id': 't1_c1', 'body': '[deleted]'},
     {'id': 'e1', 'parent_id': 't1_c1', 'body': 'whose?'},
@@ -147,11 +147,11 @@ def test_reddit_comments_come_together(tmp_path):
   path = tmp_path / 'RC_2019-07.gz'
   text = '\n'.join(json.dumps(value) for value in [post, *comments])
   path.write_bytes(gzip.compress(text.encode()))
-  items = everything(dump_formats.Threads(), tmp_path)
+  items = everything(dump_formats.Threads(unescape=True), tmp_path)
   one, two = good(items)
   assert [m['id'] for m in one.meta['messages']] == ['p1', 'c1', 'c2']
   assert [m['parent'] for m in one.meta['messages']] == ['', 'p1', 'c1']
-  assert one.text.startswith('Why?\nTell me.\n\nSo.')
+  assert one.text.startswith('Why?\nTell me.\n\n> So.')
   assert one.meta['messages'][0]['date'] == '1970-01-01T00:00:00Z'
   assert (two.id, two.text) == ('RC_2019-07.gz#p2', 'Else.')
   assert broken(items) == [

@@ -146,7 +146,9 @@ def test_broken_records_are_told_with_their_place(tmp_path):
 
 @pytest.mark.parametrize('suffix', ['.gz', '.zst', '.bz2', '.xz'])
 def test_a_cut_off_file_gives_what_comes_before(tmp_path, suffix):
-  texts = [os.urandom(150).hex() for _ in range(6_000)]
+  # bzip2's blocks are 900 kB of text: what is lost is less than one.
+  number = 7_000 if suffix == '.bz2' else 3_000
+  texts = [os.urandom(150).hex() for _ in range(number)]
   write_lines(tmp_path / f'x.jsonl{suffix}', texts, PACKERS[suffix])
   path = tmp_path / f'x.jsonl{suffix}'
   size = path.stat().st_size

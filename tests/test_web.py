@@ -22,7 +22,7 @@ ARTICLE = """\
   <p>Bees are <b>very</b> use<i>ful</i> animals<script>count()</script>, as
      <a href="/science">science</a>&nbsp;tells us.<br>They also make honey.</p>
   <h2>An empty section</h2>
-  <h2>What they need</h2>
+  <h2><a href="#need">What they need</a></h2>
   <ul><li>Flowers</li><li>Water, in a <a href="/bowl">bowl</a></li></ul>
   <p>No.</p>
   <p>Read more</p>

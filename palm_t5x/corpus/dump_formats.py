@@ -168,6 +168,7 @@ class Threads:
   Attributes:
     thread_key, id_key, parent_key, author_key, date_key, text_key: names of fields.
     title_key: that of a title, which goes in front of a message's text.
+    unescape: entities such as &gt; are decoded: Reddit's dumps have them.
     max_document_bytes: longer threads and lines are broken.
     memory_bytes: what the messages of a file may take before they are sorted into files
       in the temporary folder (TMPDIR); at least eight times max_document_bytes.
@@ -181,6 +182,7 @@ class Threads:
   date_key: Sequence[str] = ('date', 'timestamp', 'created_utc', 'created_at', 'time')
   text_key: Sequence[str] = ('text', 'body', 'selftext')
   title_key: Sequence[str] = ('title',)
+  unescape: bool = False
   max_document_bytes: int = 16 << 20
   memory_bytes: int = 256 << 20
   part_bytes: int = records.PART_BYTES
@@ -294,6 +296,8 @@ def _message(reader: Threads, value: dict[str, Any]) -> dict[str, str] | str:
     return f'no {" or ".join(reader.text_key)}'
   author = _first(value, reader.author_key)
   texts = [t for t in (title, text) if isinstance(t, str) and t]
+  if reader.unescape:
+    texts = [html.unescape(t) if '&' in t else t for t in texts]
   return {
     'id': name,
     'parent': _name(_first(value, reader.parent_key)),

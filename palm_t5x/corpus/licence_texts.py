@@ -322,12 +322,16 @@ def copyleft_in(words: str) -> list[tuple[str, str]]:
   words = _HARMLESS.sub(' ', words)
   if not _any('copyleft').search(words):
     return []
-  found = []
-  for name, family, pattern in _COPYLEFT_TEXTS:
+  matches = []
+  for number, (name, family, pattern) in enumerate(_COPYLEFT_TEXTS):
     match = re.search(rf'(?:(?<= )|(?<=^))(?:{pattern.lstrip()})', words)
-    if match and not any(family == other for _, other in found):
-      found.append((_versioned(name, words[match.end() :][:120]), family))
-  return found
+    if match:
+      after = words[match.end() :][:120]
+      matches.append((match.start(), number, _versioned(name, after), family))
+  found: dict[str, str] = {}  # of each family, what is named first
+  for _, _, name, family in sorted(matches):
+    found.setdefault(family, name)
+  return [(name, family) for family, name in found.items()]
 
 
 _DEFAULT_VERSIONS = {

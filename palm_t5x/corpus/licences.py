@@ -57,6 +57,9 @@ class Rules:
     return texts_lib.kind_of(spdx_id, self.copyleft, self.permissive)
 
 
+DEFAULT = Rules()
+
+
 @dataclasses.dataclass
 class _Found:
   """What the evidence says so far: ids by kind, and what a choice covers."""
@@ -126,7 +129,7 @@ def _is_metadata(name: str) -> bool:
   return bool(_METADATA.fullmatch(name))
 
 
-def detect(texts: Mapping[str, str], rules: Rules = Rules()) -> Licence:
+def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
   """The licence of a folder.
 
   Args:
@@ -158,7 +161,7 @@ def detect(texts: Mapping[str, str], rules: Rules = Rules()) -> Licence:
   return found.licence()
 
 
-def of_file(text: str, rules: Rules = Rules()) -> Licence:
+def of_file(text: str, rules: Rules = DEFAULT) -> Licence:
   """What a source file says of itself: an SPDX line, or a notice in its beginning."""
   found = _spdx_lines(text, rules) if _SPDX_MARK in text else _Found()
   head = text[:_HEADER]

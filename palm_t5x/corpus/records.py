@@ -118,13 +118,15 @@ def tolerant(
       continue
     broken += 1
     if len(counts.places) < _PLACES_SHOWN:
-      counts.places.append(f'{item.place}: {item.reason}')
-      logger.warning('skipped %s: %s', item.place, item.reason)
+      place = documents.clean(item.place)
+      counts.places.append(f'{place}: {item.reason}')
+      logger.warning('skipped %s: %s', place, item.reason)
     if broken > max(max_broken, max_broken_share * read):
+      place = documents.clean(item.place)
       raise errors.Failure(
-        f'{broken} of the first {read} records are broken, the last one at '
-        f'{item.place} ({item.reason}); MAX_BROKEN = {max_broken} and MAX_BROKEN_SHARE '
-        f'= {max_broken_share:g} allow no more. Repair the files, or raise one of them.'
+        f'{broken} of the first {read} records are broken, the last one at {place} '
+        f'({item.reason}); MAX_BROKEN = {max_broken} and MAX_BROKEN_SHARE = '
+        f'{max_broken_share:g} allow no more. Repair the files, or raise one of them.'
       )
   if broken > _PLACES_SHOWN:
     logger.warning('skipped %d broken records of %d in all', broken, read)

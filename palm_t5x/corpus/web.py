@@ -168,7 +168,8 @@ def extract(page: str, max_link_density: float = 0.4, min_characters: int = 25) 
   Args:
     page: HTML, whole or a piece, well-formed or not.
     max_link_density: a block is dropped where a larger share of its characters is
-      linked; the items of a list and the rows of a table together.
+      linked; the items of a list and the rows of a table together; headings and code
+      are not.
     min_characters: shorter blocks are dropped, unless they are sentences, headings,
       items, rows or code; so are headings that head nothing.
 
@@ -219,7 +220,9 @@ def _without_lists_of_links(blocks: list[_Block], limit: float) -> list[_Block]:
   result, run = [], []
 
   def close():
-    if sum(b.linked for b in run) <= limit * sum(b.size for b in run):
+    # Headings often link to themselves, and names in code to their documentation.
+    exempt = run[0].tag in _HEADINGS or run[0].tag == 'pre'
+    if exempt or sum(b.linked for b in run) <= limit * sum(b.size for b in run):
       result.extend(run)
     run.clear()
 
@@ -227,7 +230,8 @@ def _without_lists_of_links(blocks: list[_Block], limit: float) -> list[_Block]:
     if run and not (block.tag == run[-1].tag and block.tag in _ITEMS):
       close()
     run.append(block)
-  close()
+  if run:
+    close()
   return result
 
 
