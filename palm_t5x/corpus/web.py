@@ -258,8 +258,8 @@ class StripMarkup:
     return document
 
 
-# In lower case. The words of the first are looked for in the whole page before its
-# lines are searched with the second.
+# In lower case. The words of the first are looked for in the whole page before the
+# second, which is slower.
 _BOILERPLATE_WORDS = (
   'javascript',
   'cookie',
@@ -286,6 +286,7 @@ _BOILERPLATE_LINE = re.compile(
   r'|powered by (?:wordpress|blogger|disqus)'
 )
 _LONG_LINE = 300  # characters; a longer one says more than the phrase in it
+_REPEATS = 30  # characters; lines that are no longer may repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,17 +314,24 @@ class DropBoilerplate:
     lower = text.lower()
     if 'lorem ipsum' in lower:
       return documents.Dropped('lorem ipsum')
-    suspicious = any(word in lower for word in _BOILERPLATE_WORDS)
+    suspicious = (
+      any(word in lower for word in _BOILERPLATE_WORDS)
+      and _BOILERPLATE_LINE.search(lower) is not None
+    )
+    lines = text.split('\n')
+    stripped = list(map(str.strip, lines))
+    long = [bare for bare in stripped if len(bare) > _REPEATS]
+    if not suspicious and len(set(long)) == len(long):
+      return document
     kept, seen, dropped = [], set(), 0
-    for line in text.split('\n'):
-      bare = line.strip()
+    for line, bare in zip(lines, stripped, strict=True):
       boilerplate = (
         suspicious
         and len(bare) <= _LONG_LINE
         and _BOILERPLATE_LINE.search(bare.lower()) is not None
       )
       # Short lines may well repeat: '}' in code, 'Yes.' in a play.
-      if boilerplate or (len(bare) > 30 and bare in seen):
+      if boilerplate or (len(bare) > _REPEATS and bare in seen):
         dropped += len(bare)
         continue
       seen.add(bare)
