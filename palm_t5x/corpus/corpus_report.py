@@ -174,12 +174,16 @@ def _line(manifest: processed.Manifest, tally: facts.Tally) -> str:
 
 def _print_languages(sizes: Mapping[str, int]) -> None:
   rows = list(_language_rows(sizes))
-  if rows:
-    print(f'\n{"language":16}{"of bytes":>20}{"paper, of tokens":>18}')
-  for code, ours, paper in rows[:_SHOWN]:
-    print(f'{code:16}{ours:>20}{paper:>18}')
-  if len(rows) > _SHOWN:
-    print(f'... and {len(rows) - _SHOWN} more')
+  found = [row for row in rows if row[0] in sizes]
+  if found:
+    print(f'\n{"language":16}{"of bytes":>12}{"paper, of tokens":>18}')
+  for code, ours, paper in found[:_SHOWN]:
+    print(f'{code:16}{ours:>12}{paper:>18}')
+  if found:
+    blind = sum(ours == 'not distinguishable' for _, ours, _ in rows)
+    absent = len(rows) - len(found) - blind
+    more = f'{len(found) - _SHOWN} more; ' if len(found) > _SHOWN else ''
+    print(f'{more}{absent} of the paper without text here, {blind} not distinguishable')
 
 
 def _load(name: str) -> tuple[facts.Tally, quality_report.Tally]:
