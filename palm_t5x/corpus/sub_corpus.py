@@ -94,7 +94,7 @@ class SubCorpus:
       folder = os.path.join(data_dir, stream.folder)
       if stream.optional and not os.path.isdir(folder):
         continue
-      prefix = f'{stream.folder}/' if len(self.streams) > 1 else ''
+      prefix = f'{stream.folder or number}/' if len(self.streams) > 1 else ''
       found += [
         Share(f'{number}-{i:05d}', part, stream.chain, prefix)
         for i, part in enumerate(stream.reader.parts(folder))
