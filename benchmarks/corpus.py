@@ -32,10 +32,12 @@ from palm_t5x import places
 from palm_t5x.commands import corpus as corpus_command
 from palm_t5x.corpus import (
   documents,
+  facts,
   language,
   minhash,
   near_duplicates,
   processed,
+  quality,
   readers,
   store_builder,
   sub_corpus,
@@ -139,6 +141,10 @@ def stages(texts: list[str], folder: pathlib.Path) -> None:
   line('strip markup', part, lambda: [
     strip(documents.Document('x', page)) for page in pages
   ])  # fmt: skip
+  scored(some, part, folder)
+  line('tally facts', part, lambda: [
+    facts.Tally().add(documents.Document('x', text)) for text in some
+  ])  # fmt: skip
   line('hash exactly', size, lambda: [documents.text_hash(text) for text in texts])
   options = near_duplicates.Options()
   signing = options._signing()
@@ -157,6 +163,31 @@ def stages(texts: list[str], folder: pathlib.Path) -> None:
     'sign for near-duplicates', part,
     lambda: exhaust(minhash.records(rows(), **signing)),
     sketch, 'datasketch, word 3-grams',
+  )  # fmt: skip
+
+
+def scored(texts: list[str], size: int, folder: pathlib.Path) -> None:
+  """Quality scores, beside scikit-learn's own pipeline on whole documents."""
+  from sklearn import feature_extraction, linear_model
+
+  def kind(number):
+    return [
+      documents.Document(str(i), t) for i, t in enumerate(texts) if i % 2 == number
+    ]
+
+  parts = [documents.Part(str(n), lambda n=n: iter(kind(n))) for n in (0, 1)]
+  quality.train(parts[:1], parts[1:], str(folder / 'quality'))
+  step = quality.QualityStep(str(folder / 'quality'), rule='none')
+  hasher = feature_extraction.text.HashingVectorizer(
+    ngram_range=(1, 2), n_features=1 << 18
+  )
+  model = linear_model.SGDClassifier(loss='log_loss')
+  model.fit(hasher.transform(texts), [i % 2 for i in range(len(texts))])
+  line(
+    'score quality', size,
+    lambda: [step(documents.Document('x', text)) for text in texts],
+    lambda: model.predict_proba(hasher.transform(texts)),
+    'scikit-learn on whole documents',
   )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """What a run will really read: weights, tokens, epochs, languages, from manifests."""
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from palm_t5x import utils
-from palm_t5x.corpus import plan, prepare, token_store
+from palm_t5x.corpus import language, plan, prepare, token_store
 from palm_t5x.corpus.sampling import BatchSchedule
 from palm_t5x.errors import Failure, UserError
 
@@ -53,7 +54,7 @@ def of_run(
     Planned(
       **vars(share),
       problem=found[share.name][1],
-      languages=dict(getattr(found[share.name][0], 'languages', None) or {}),
+      languages=found[share.name][0].languages if found[share.name][0] else {},
     )
     for share in shares
   ]
@@ -71,6 +72,35 @@ def _manifest(task, cfg, vocabulary, cache_dir, seed):
   return manifest, None if manifest else 'no token store yet: t5x cache'
 
 
+def language_table(shares: list[Planned]) -> list[str]:
+  """Tokens by language that the run will read, beside the paper's Table 29.
+
+  A sub-corpus counts by the tokens that are read of it; code has no part in it, as in
+  the paper. Languages without text here are named below the table, apart from those
+  that the identifier cannot tell from others.
+  """
+  read: dict[str, float] = {}
+  for share in shares:
+    for name, tokens in share.languages.items() if share.available else ():
+      read[name] = read.get(name, 0) + tokens * share.needed / share.available
+  known = language.distinguishable() | set(language.PAPER_TABLE_29)
+  read = {name: tokens for name, tokens in read.items() if name in known}
+  if not read:
+    return []
+  rows = language.language_table(read)
+  lines = [f'{"language":24}{"read":>12}{"share":>10}{"paper":>10}']
+  for row in sorted((row for row in rows if row.tokens), key=lambda row: -row.tokens):
+    paper = '-' if row.paper_share is None else f'{row.paper_share:.3f}%'
+    lines.append(f'{row.code:24}{_tokens(row.tokens):>12}{row.share:9.3f}%{paper:>10}')
+  for what, codes in (
+    ('no text in', [row.code for row in rows if row.tokens == 0]),
+    ('not distinguishable', [row.code for row in rows if row.tokens is None]),
+  ):
+    if codes:
+      lines += textwrap.wrap(f'{what}: {", ".join(codes)}', 88, subsequent_indent='  ')
+  return lines
+
+
 def table(shares: list[Planned]) -> list[str]:
   """The plan as lines of text."""
   lines = [f'{"task":24}{"weight":>9}{"needed":>12}{"available":>12}{"epochs":>9}']
@@ -85,9 +115,9 @@ def table(shares: list[Planned]) -> list[str]:
   return lines
 
 
-def _tokens(count: int) -> str:
+def _tokens(count: float) -> str:
   """A number of tokens, as '390.0 B' or '2.9 M'."""
   for unit, size in (('B', 1e9), ('M', 1e6), ('k', 1e3)):
     if count >= size:
       return f'{count / size:.1f} {unit}'
-  return str(count)
+  return f'{count:.0f}'

@@ -67,6 +67,8 @@ def describe(
       train_dataset_cfg, model.output_vocabulary, cache_dir, random_seed, total_steps
     )
     print('\n'.join(['', *data_plan.table(mixture)]))
+    if languages := data_plan.language_table(mixture):
+      print('\n'.join(['', *languages]))
     facts['mixture'] = {share.name: dataclasses.asdict(share) for share in mixture}
   return facts
 

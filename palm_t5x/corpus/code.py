@@ -267,7 +267,12 @@ _VENDORED = re.compile(
   r'|dist|site-packages|Pods|Carthage|\.venv|virtualenv)/',
   re.IGNORECASE,
 )
-_BLOB = re.compile(r'[A-Za-z0-9+/=_-]{400}|(?:\\x[0-9a-fA-F]{2}){100}')
+_BLOB_CHARS = 400
+_BLOB = re.compile(
+  rf'[A-Za-z0-9+/=_-]{{{_BLOB_CHARS}}}|(?:\\x[0-9a-fA-F]{{2}}){{{_BLOB_CHARS // 4}}}'
+)
+_SPACES = b' \t\r\n\f\v'
+_NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +285,8 @@ class DropGenerated:
       minified.
     longest_line: longest line, likewise.
     loose: languages whose lines may be `loose_factor` times as long.
-    min_letters: smallest share of letters among characters that are not white space.
+    min_letters: smallest share of letters (ASCII, and bytes above 127) among bytes that
+      are not white space.
     max_blobs: largest share of characters in runs that encode data (base64, escapes).
     drop_vendored: also drop copies of other projects: node_modules, vendor, ...
     min_chars: smaller files are dropped.
@@ -313,11 +319,15 @@ class DropGenerated:
     factor = self.loose_factor if document.meta.get('language') in self.loose else 1
     if sum(lengths) > factor * self.average_line * len(lengths):
       return Dropped('long lines on average')
-    if max(lengths) > factor * self.longest_line:
+    longest = max(lengths)
+    if longest > factor * self.longest_line:
       return Dropped('a very long line')
-    solid = ''.join(text.split())
-    if sum(map(str.isalpha, solid)) < self.min_letters * len(solid):
+    data = text.encode('utf-8', 'replace')
+    letters = len(data.translate(None, _NO_LETTERS))
+    if letters < self.min_letters * len(data.translate(None, _SPACES)):
       return Dropped('few letters')
-    if sum(map(len, _BLOB.findall(text))) > self.max_blobs * len(text):
+    if longest >= _BLOB_CHARS and self.max_blobs * len(text) < sum(
+      map(len, _BLOB.findall(text))
+    ):
       return Dropped('mostly encoded data')
     return document

@@ -300,7 +300,8 @@ def _any(which: str) -> re.Pattern:
     'copyleft': [row[2] for row in _COPYLEFT_TEXTS],
     'permissive': [row[1] for row in _PERMISSIVE_TEXTS],
   }
-  return re.compile('|'.join(f'(?:{pattern})' for pattern in tables[which]))
+  alternatives = '|'.join(pattern.lstrip() for pattern in tables[which])
+  return re.compile(f' (?:{alternatives})')  # words begin after a space: much faster
 
 
 @functools.cache
@@ -324,7 +325,7 @@ def copyleft_in(words: str) -> list[tuple[str, str]]:
     return []
   matches = []
   for number, (name, family, pattern) in enumerate(_COPYLEFT_TEXTS):
-    match = re.search(rf'(?:(?<= )|(?<=^))(?:{pattern.lstrip()})', words)
+    match = re.search(f' (?:{pattern.lstrip()})', words)
     if match:
       after = words[match.end() :][:120]
       matches.append((match.start(), number, _versioned(name, after), family))
@@ -361,7 +362,7 @@ def _first_of_each(table, words) -> list[str]:
   found, kinds = [], set()
   for name, pattern in table:
     kind = name.split('-')[0]
-    if kind not in kinds and re.search(rf'(?<= )(?:{pattern.lstrip()})', words):
+    if kind not in kinds and re.search(f' (?:{pattern.lstrip()})', words):
       kinds.add(kind)
       found.append(name)
   return found
@@ -371,6 +372,6 @@ def named_in(words: str) -> list[str]:
   """SPDX ids of all licences a short phrase names, the copyleft ones first."""
   found = [name for name, _ in copyleft_in(words)]
   found += permissive_in(words) or _first_of_each(_PERMISSIVE_NAMES, words)
-  if not found and re.search(rf'(?<= )(?:{_PROPRIETARY_NAMES})', words):
+  if not found and re.search(f' (?:{_PROPRIETARY_NAMES})', words):
     found = ['LicenseRef-Proprietary']
   return found

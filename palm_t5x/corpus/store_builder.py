@@ -7,13 +7,14 @@ of the runs that fall there; `finish` writes the manifest. Memory does not grow 
 corpus: a unit holds a run, or the tokens of `Limits.unit_files` files.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -313,12 +314,20 @@ def _plan(build: _Build) -> dict[str, Any]:
   for data in storage.read_ranges(build.runs, [(f'{r}.index', 0, None) for r in runs]):
     buckets += np.frombuffer(data, '<u8').reshape(buckets.shape)
   facts = {**counts, 'has_inputs': any('inputs' in facts['kinds'] for facts in found)}
+  facts['languages'] = _sum(facts['languages'] for facts in found)
   token_store.create_arrays(build.path, _lengths(facts), build.layout)
   storage.write_bytes(
     storage.join(build.tables, 'runs.json'), json.dumps(runs).encode()
   )
   storage.write_bytes(storage.join(build.tables, 'buckets'), buckets.tobytes())
   return facts
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+  total: collections.Counter[str] = collections.Counter()
+  for some in counts:
+    total.update(some)
+  return dict(total)
 
 
 def _lengths(facts: dict[str, Any]) -> dict[str, int]:
@@ -451,6 +460,7 @@ def _finish(build: _Build) -> dict[str, Any]:
     num_bytes=facts['bytes'],
     num_empty=facts['empty'],
     has_inputs=facts['has_inputs'],
+    languages=facts['languages'],
     checksums={n: token_store.checksum(found) for n, found in digests.items()},
   )
   storage.write_bytes(storage.join(build.path, 'manifest.json'), manifest.to_json())

@@ -111,6 +111,7 @@ class _Tally:
   def __init__(self):
     self.documents = self.tokens = self.bytes = self.empty = self.runs = 0
     self.kinds: set[str] = set()
+    self.languages: dict[str, int] = {}  # tokens of documents that name theirs
 
   def facts(self) -> dict[str, Any]:
     return {**vars(self), 'kinds': sorted(self.kinds)}
@@ -206,8 +207,13 @@ def tokenise(
   runs = _Runs(folder, name, order, run_bytes, tally)
   stream = itertools.chain.from_iterable(part.read() for part in parts)
   encode = functools.partial(_encode, vocabulary, int(vocabulary.eos_id))
-  for batch in _batches(stream, tally, min(_BATCH_BYTES, run_bytes)):
-    runs.add(*encode(batch))
+  for batch, languages in _batches(stream, tally, min(_BATCH_BYTES, run_bytes)):
+    rows, hashes, inputs = encode(batch)
+    for language, row in zip(languages, rows, strict=True):
+      if language is not None:
+        count = tally.languages.get(language, 0)
+        tally.languages[language] = count + sum(map(len, row))
+    runs.add(rows, hashes, inputs)
     if tick:
       tick(tally.bytes)
   runs.flush()
@@ -216,10 +222,15 @@ def tokenise(
 
 def _batches(
   stream: Iterable[Any], tally: _Tally, batch_bytes: int
-) -> Iterator[list[tuple[Any, bytes]]]:
-  """(text or example, what is hashed) of consecutive documents, a few MB at a time."""
-  batch, size = [], 0
+) -> Iterator[tuple[list[tuple[Any, bytes]], list[str | None]]]:
+  """Consecutive documents, a few MB at a time.
+
+  Yields:
+    (text or example, what is hashed) of each, and its language where it says so.
+  """
+  batch, languages, size = [], [], 0
   for document in stream:
+    language = getattr(document, 'meta', {}).get('language')
     document = getattr(document, 'text', document)
     if not document:
       tally.empty += 1
@@ -235,12 +246,13 @@ def _batches(
       return  # refused by whoever adds up the tallies
     tally.bytes += count
     batch.append((document, data))
+    languages.append(language)
     size += len(data)
     if size >= batch_bytes:
-      yield batch
-      batch, size = [], 0
+      yield batch, languages
+      batch, languages, size = [], [], 0
   if batch:
-    yield batch
+    yield batch, languages
 
 
 def _clean(text: str) -> tuple[str, bytes]:

@@ -333,10 +333,12 @@ def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
   read = [job.facts_of('read', share.name) for share in shares]
   written = [job.facts_of('write', share.name) for share in shares]
   counts, tally = records.Counts(), facts.Tally()
+  scores = quality_report.Tally()
   dropped: dict[str, Any] = {}
   # In the order of the shares, so that it does not matter who did which.
   for unit in read:
     counts.merge(records.Counts(**unit['counts']))
+    scores.merge(quality_report.Tally(**unit['scores']))
     for reason, entry in unit['dropped'].items():
       total = dropped.setdefault(reason, {'documents': 0, 'bytes': 0, 'examples': []})
       total['documents'] += entry['documents']
@@ -364,7 +366,7 @@ def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
       pair for unit in written for pair in unit['near_duplicate_examples']
     ][:_EXAMPLES],
   )
-  corpus_report.write(output, manifest, tally)
+  corpus_report.write(output, manifest, tally, scores)
   processed.write_manifest(output, manifest)
 
 

@@ -57,6 +57,7 @@ class Manifest:
   num_bytes: int  # UTF-8 bytes of the text: what bits per byte are divided by
   num_empty: int  # documents without text, which are left out
   has_inputs: bool  # whether documents are inputs followed by targets
+  languages: dict[str, int]  # tokens by language, of documents that name theirs
   checksums: dict[str, str]  # array name -> `checksum` of its files, in hex
   format: int = FORMAT
 
