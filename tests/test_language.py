@@ -42,6 +42,13 @@ def test_only_the_beginning_counts():
   )
 
 
+def test_what_begins_with_no_language_is_looked_at_again():
+  names = ' '.join(f'img_{i}.png' for i in range(60))
+  text = f'{names} {ARTICLES["de"]} {ARTICLES["de"]} {ARTICLES["de"]}'
+  assert language.identify(text, retry_bytes=0)[0] == 'und'
+  assert language.identify(text)[0] == 'de'
+
+
 def test_table_29_is_the_papers():
   table = language.PAPER_TABLE_29
   assert len(table) == 122

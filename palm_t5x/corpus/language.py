@@ -73,7 +73,10 @@ def distinguishable() -> frozenset[str]:
 
 
 def identify(
-  text: str, min_confidence: float = 0.3, max_bytes: int = 512
+  text: str,
+  min_confidence: float = 0.3,
+  max_bytes: int = 384,
+  retry_bytes: int = 2048,
 ) -> tuple[str, float]:
   """The language that a text begins in.
 
@@ -81,11 +84,21 @@ def identify(
     text: any.
     min_confidence: below it, the language is 'und'.
     max_bytes: so many of the text's bytes are looked at; its cost grows with them.
+    retry_bytes: so many where that leaves the language open: pages that begin with
+      names and numbers, a few of a hundred.
 
   Returns:
     (the paper's code or else ISO 639's, probability).
   """
-  start = text.lstrip()[:max_bytes].encode('utf-8', 'replace')[:max_bytes]
+  text = text.lstrip()
+  code, confidence = _begins_in(text, min_confidence, max_bytes)
+  if code == UNDETERMINED and retry_bytes > max_bytes and len(text) > max_bytes // 4:
+    code, confidence = _begins_in(text, min_confidence, retry_bytes)
+  return code, confidence
+
+
+def _begins_in(text: str, min_confidence: float, max_bytes: int) -> tuple[str, float]:
+  start = text[:max_bytes].encode('utf-8', 'replace')[:max_bytes]
   code, confidence = _model().classify(start)
   confidence = min(float(confidence), 1.0)
   if confidence < min_confidence:
@@ -99,17 +112,20 @@ class LanguageStep:
 
   Attributes:
     keep: documents in other languages are dropped; None: all are kept.
-    min_confidence, max_bytes: see `identify`.
+    min_confidence, max_bytes, retry_bytes: see `identify`.
   """
 
   keep: Sequence[str] | None = None
   min_confidence: float = 0.3
-  max_bytes: int = 512
+  max_bytes: int = 384
+  retry_bytes: int = 2048
 
   def __call__(
     self, document: documents.Document
   ) -> documents.Document | documents.Dropped:
-    code, confidence = identify(document.text, self.min_confidence, self.max_bytes)
+    code, confidence = identify(
+      document.text, self.min_confidence, self.max_bytes, self.retry_bytes
+    )
     if self.keep is not None and code not in self.keep:
       return documents.Dropped('another language')
     document.meta['language'] = code

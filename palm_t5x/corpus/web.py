@@ -258,8 +258,8 @@ class StripMarkup:
     return document
 
 
-# In lower case. The words of the first are looked for in the whole page before the
-# second, which is slower.
+# In lower case. Only lines with a word of the first are searched with the second, which
+# is slower.
 _BOILERPLATE_WORDS = (
   'javascript',
   'cookie',
@@ -289,6 +289,19 @@ _LONG_LINE = 300  # characters; a longer one says more than the phrase in it
 _REPEATS = 30  # characters; lines that are no longer may repeat
 
 
+def _has_boilerplate(text: str) -> bool:
+  for word in _BOILERPLATE_WORDS:
+    at = text.find(word)
+    while at >= 0:
+      end = text.find('\n', at)
+      end = len(text) if end < 0 else end
+      line = text[text.rfind('\n', 0, at) + 1 : end].strip()
+      if len(line) <= _LONG_LINE and _BOILERPLATE_LINE.search(line):
+        return True
+      at = text.find(word, end)
+  return False
+
+
 @dataclasses.dataclass(frozen=True)
 class DropBoilerplate:
   """Drops lines that many pages share, and pages that are nothing else.
@@ -314,10 +327,7 @@ class DropBoilerplate:
     lower = text.lower()
     if 'lorem ipsum' in lower:
       return documents.Dropped('lorem ipsum')
-    suspicious = (
-      any(word in lower for word in _BOILERPLATE_WORDS)
-      and _BOILERPLATE_LINE.search(lower) is not None
-    )
+    suspicious = _has_boilerplate(lower)
     lines = text.split('\n')
     stripped = list(map(str.strip, lines))
     long = [bare for bare in stripped if len(bare) > _REPEATS]
