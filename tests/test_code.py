@@ -71,6 +71,8 @@ def test_licences_of_folders(tmp_path):
       'o/plain/main.py': BODY,
       'o/plain/lib/LICENSE': test_licences.BSD,
       'o/plain/lib/x.py': BODY,
+      'o/plain/lib/strange/COPYING': test_licences.STRANGE,
+      'o/plain/lib/strange/x.py': BODY,
       'o/gpl/COPYING': test_licences.COPYLEFT['GPL-2.0'],
       'o/gpl/lib/LICENSE': test_licences.MIT,
       'o/gpl/lib/x.py': BODY,

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from palm_t5x.corpus import licences
+from palm_t5x.corpus import licence_texts, licences
 
 # SPDX id -> what its own text or its notice begins with.
 COPYLEFT = {
@@ -273,6 +273,23 @@ def test_words_about_the_gpl_are_no_licence():
     'unlike the GPL, let you distribute a modified version.'
   ).replace('does not mean that it is under the GPL', 'it is')
   assert licences.detect({'LICENSE': text}).kind == 'permissive'
+
+
+STRANGE = 'Whoever uses this shall sing, and give the source to all who hear it. ' * 6
+
+
+def test_a_licence_that_is_not_recognised():
+  expected = licences.Licence(where='COPYING')
+  assert licences.detect({'COPYING': STRANGE}) == expected
+  assert licences.detect({'COPYING': STRANGE, 'LICENSE': MIT}) == expected
+  assert licences.detect({'COPYRIGHT': 'A. B., C. D.', 'LICENSE': MIT}).spdx_id == 'MIT'
+
+
+def test_what_texts_are_taken_for_is_copyleft():
+  for name, *_ in licence_texts._COPYLEFT_TEXTS:
+    assert licence_texts.kind_of(name) == 'copyleft' or name.startswith('LicenseRef')
+  for name, _ in licence_texts._PERMISSIVE_TEXTS + licence_texts._PERMISSIVE_NAMES:
+    assert licence_texts.kind_of(name) == 'permissive', name
 
 
 def test_readme_counts_little():

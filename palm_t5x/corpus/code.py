@@ -123,7 +123,7 @@ class Repositories:
       for name in filter(licences.is_evidence, names):
         texts[name] = _start(os.path.join(folder, name))
     own = licences.detect(texts, self.rules) if texts else licences.UNKNOWN
-    return above if own.kind == 'unknown' else own
+    return above if own == licences.UNKNOWN else own
 
   def _file(self, place, path, repository, licence) -> Document | Broken:
     try:

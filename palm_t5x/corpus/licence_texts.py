@@ -125,7 +125,7 @@ _COPYLEFT_TEXTS = (
     r'liliq r',
   ),
   ('LPPL', 'LPPL', r'latex project public license|lppl'),
-  ('CERN-OHL', 'CERN',
+  ('CERN-OHL-S-2.0', 'CERN',
     r'cern open hardware license(?! version 2 permissive)|cern ohl (?:s|w|1|v1)',
   ),
   ('copyleft-next', 'copyleft-next', r'copyleft next'),
@@ -149,6 +149,8 @@ _COPYLEFT_TEXTS = (
     r'licen[sc]e|nasa open source agreement|open content license',
   ),
   ('LicenseRef-Copyleft', 'other',
+    r'weitergabe unter gleichen|nicht kommerziell|keine (?:kommerzielle|bearbeitung)|'
+    r'utilisation commerciale|partage a l identique|share ?alike 1 0|'
     r'permission notice identical to this one|'
     r'(?:is|be) licensed as a whole at no charge to all third parties|'
     r'derivative works? (?:must|shall) (?:also )?be (?:licensed|distributed|'

@@ -19,6 +19,7 @@ from palm_t5x.corpus import licence_texts as texts_lib
 from palm_t5x.corpus.licence_texts import COPYLEFT, PERMISSIVE
 
 _HEADER = 8000  # characters of a file in which its notice is looked for
+_STRANGE = 60  # words from which a licence file that is not recognised counts
 _LONGEST = 200_000  # characters of a licence file that are read
 
 
@@ -68,6 +69,7 @@ class _Found:
   permissive: dict[str, str] = dataclasses.field(default_factory=dict)
   covered: set[str] = dataclasses.field(default_factory=set)
   choice: str = ''
+  strange: str = ''  # a licence file that nothing is known of
 
   def add(self, other: '_Found', where: str = '') -> None:
     for name, (family, before) in other.copyleft.items():
@@ -81,8 +83,8 @@ class _Found:
     for name, (family, where) in self.copyleft.items():
       if family not in self.covered:
         return Licence(name, 'copyleft', where)
-    if not self.permissive:
-      return UNKNOWN
+    if self.strange or not self.permissive:
+      return Licence(where=self.strange)
     names = sorted(self.permissive)
     return Licence(
       self.choice or ' AND '.join(names), 'permissive', self.permissive[names[0]]
@@ -136,6 +138,10 @@ def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
     texts: path relative to the folder -> text; files that are no evidence
       (`is_evidence`) are passed over.
     rules: which licences are copyleft and which permissive.
+
+  Returns:
+    the licence; an unknown one has a `where` if a licence file is not recognised, even
+    beside another that is, and none if there is nothing to go by.
   """
   found, weak = _Found(), _Found()
   for path in sorted(filter(is_evidence, texts)):
@@ -149,9 +155,11 @@ def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
       for phrase in _grants(text):
         weak.add(_prose(phrase, rules, names=True), path)
     else:
-      found.add(_prose(texts_lib.normalised(text), rules), path)
-      if not found.copyleft and not found.permissive and len(text) < 200:
-        found.add(_prose(texts_lib.normalised(text), rules, names=True), path)
+      words = texts_lib.normalised(text)
+      mine = _prose(words, rules, names=len(text) < 200)
+      found.add(mine, path)
+      if not mine.copyleft and not mine.permissive and words.count(' ') > _STRANGE:
+        found.strange = path
       if len(name.split('.')) + len(re.split('[-_]', name)) > 2 or '/' in path:
         # LICENSE.GPL, MIT-LICENSE.txt, LICENSES/MPL-2.0.txt: the name says it too.
         found.add(_prose(texts_lib.normalised(name), rules, names=True), path)
