@@ -48,6 +48,7 @@ network.TransformerConfig:
 MIXTURE_OR_TASK_NAME = 'fixture_text'
 TASK_FEATURE_LENGTHS = {{'targets': 64}}
 TRAIN_STEPS = {steps}
+ALLOW_REPEATS = True
 BATCH_SIZE = 8
 EVAL_BATCH_SIZE = 8
 EVAL_PERIOD = None

@@ -418,7 +418,7 @@ def test_no_room_for_predictions(workspace, straight, tmp_path):
     f'INFER_OUTPUT_DIR={tmp_path}',
     'INFER_BATCH_SIZE=64',
   )
-  with no_file_beyond(17_000):
+  with no_file_beyond(19_000):
     done = runs.here(workspace, 'infer', straight[0], *bindings)
   assert done.code == 1
   assert 'chunk-000000.jsonl could not be written (File too large)' in done.error
