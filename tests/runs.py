@@ -59,6 +59,11 @@ CHECKPOINT_KEEP = 3
 """
 
 
+# Python that gives a process's own peak of memory in MiB. Not ru_maxrss: a program
+# started by a large process inherits what that one had.
+PEAK = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024"
+
+
 def write_config(folder: pathlib.Path) -> None:
   """Writes `tiny.gin`, which every run of the tests starts from."""
   text = CONFIG.format(vocabulary=VOCABULARY, steps=STEPS)

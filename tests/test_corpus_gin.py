@@ -1,12 +1,14 @@
 """The Gin files of the paper's sub-corpora, through the command."""
 
 import json
+import os
 import pathlib
 
 import pytest
 import seqio
 from palm_t5x.mixtures import pretrain
 from runs import t5x
+from test_bad_input import no_file_beyond
 
 GIN = pathlib.Path(__file__).resolve().parent.parent / 'gin/corpus'
 NAMES = sorted(path.stem for path in GIN.glob('*.gin') if path.stem != 'palm_256k')
@@ -63,3 +65,20 @@ def test_report_and_what_is_missing(tmp_path):
   assert (tmp_path / 'corpora/report/lengths.png').stat().st_size > 5_000
   one = t5x('corpus', '--gin_file=corpus/books.gin', '--report', folder)
   assert one.code == 2 and 'no finished sub-corpus books' in one.err
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path):
+  (tmp_path / 'raw').mkdir()
+  lines = [json.dumps({'text': f'{i} ' + os.urandom(300).hex()}) for i in range(300)]
+  (tmp_path / 'raw/a.jsonl').write_text('\n'.join(lines))
+  words = (
+    *('corpus', '--gin_file=corpus/arxiv_math.gin', f'--data_dir={tmp_path}/raw'),
+    *(f'--gin.CORPUS_DIR={tmp_path}/corpora', '--gin.WORKERS=1'),
+  )
+  with no_file_beyond(30_000):
+    done = t5x(*words)
+  assert done.code == 1 and 'the disk is full' in done.err.splitlines()[-1]
+  assert not (tmp_path / 'corpora/arxiv_math/manifest.json').exists()
+  assert not list((tmp_path / 'corpora').rglob('*.tmp'))
+  assert t5x(*words).code == 0
+  assert (tmp_path / 'corpora/arxiv_math/manifest.json').exists()

@@ -4,7 +4,7 @@ import pytest
 import seqio
 from palm_t5x.mixtures import pretrain
 
-from palm_t5x import errors
+from palm_t5x import errors, gin_files
 from palm_t5x.corpus import plan, sampling
 
 RAMP_540B = ((0, 512), (50_000, 1024), (115_000, 2048))
@@ -64,3 +64,17 @@ def test_too_short_a_sub_corpus_is_named_with_its_shortfall():
   text = str(error.value)
   assert 'news has 200 tokens and 500 are needed (300 short, 2.50 epochs)' in text
   assert 'books' not in text and 'ALLOW_REPEATS' in text
+
+
+@pytest.mark.parametrize('size', ['8b', '62b', '540b'])
+def test_models_of_all_sizes_see_the_same_rows_in_the_same_order(size):
+  """Whatever its batches, a run's rows are 0, 1, 2, ... of one and the same order."""
+  file = gin_files.scan([f'palm_{size}.gin'], gin_files.SearchPath())
+  schedule = sampling.BatchSchedule(file.value('BATCH_SIZE'))
+  ramp = [start for start, _ in schedule.ramp[1:]]
+  for step in [0, 1, *(start + i for start in ramp for i in (-1, 0, 1))]:
+    indices = schedule.indices(step)
+    assert indices[0] == schedule.offset(step)
+    assert (indices == range(indices[0], schedule.offset(step + 1))).all()
+  assert file.value('MIXTURE_OR_TASK_NAME') == 'palm_780b'
+  assert file.value('RANDOM_SEED') == 0 and file.value('ALLOW_REPEATS') is False

@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+import runs
 import sentencepiece
 import toy_stores
 from toy_stores import LIMITS, TEXTS, THREE, build, build_shard, files, parts
@@ -405,7 +406,7 @@ def test_killed_five_times(tmp_path, whole, workers):
 
 
 MEMORY = """
-import functools, resource, sys
+import functools, sys
 sys.path.insert(0, TESTS)
 from palm_t5x.corpus import store_builder, token_store
 from palm_t5x.corpus.documents import Part
@@ -422,8 +423,8 @@ if __name__ == '__main__':
     sys.argv[1], parts, toy_stores.Bytes(), task='t', split='s',
     limits=store_builder.Limits(run_bytes=8 << 20, unit_files=1),
   )
-  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-""".replace('TESTS', repr(os.path.dirname(__file__)))
+  print(PEAK)
+""".replace('TESTS', repr(os.path.dirname(__file__))).replace('PEAK', runs.PEAK)
 
 
 @pytest.mark.slow

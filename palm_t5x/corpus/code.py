@@ -40,7 +40,7 @@ class Repositories:
   """
 
   depth: int = 2
-  part_bytes: int = 1 << 28
+  part_bytes: int = 1 << 26
   max_file_bytes: int = 1 << 20
   rules: licences.Rules = licences.DEFAULT
 

@@ -4,6 +4,7 @@ A file of documents is zstd-compressed JSON lines, one object with id, text, sou
 meta each. It appears whole or not at all.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -15,6 +16,7 @@ from typing import Any
 import zstandard
 
 from palm_t5x import errors
+from palm_t5x.corpus import storage
 
 _LEVEL = 3  # of zstd: the level at which it still outruns a tokeniser
 _BUFFER = 1 << 20
@@ -97,7 +99,7 @@ class Writer:
   """Writes a file of documents: whole, fsynced and renamed on leaving the with block.
 
   Leaving it by an exception keeps what was there before. Documents may be added as
-  `Document`s or as plain dicts.
+  `Document`s or as plain dicts. A full disk is a `Failure`.
 
   Attributes:
     num_documents: written so far.
@@ -110,8 +112,9 @@ class Writer:
     self.num_documents, self.checksum = 0, ''
 
   def __enter__(self) -> 'Writer':
-    os.makedirs(os.path.dirname(self._path), exist_ok=True)
-    self._file = open(self._temporary, 'wb')
+    with storage.writing(self._path):
+      os.makedirs(os.path.dirname(self._path), exist_ok=True)
+      self._file = open(self._temporary, 'wb')
     self._out = zstandard.ZstdCompressor(_LEVEL).stream_writer(
       self._file, closefd=False
     )
@@ -136,23 +139,24 @@ class Writer:
   def _flush(self):
     data = self._pending.getvalue()
     self._digest.update(data)
-    self._out.write(data)
+    with storage.writing(self._path):
+      self._out.write(data)
     self._pending = io.BytesIO()
 
   def __exit__(self, kind, value, trace) -> None:
     try:
       if kind is None:
         self._flush()
-        self._out.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with storage.writing(self._path):
+          self._out.close()
+          self._file.flush()
+          os.fsync(self._file.fileno())
+          os.replace(self._temporary, self._path)
+        self.checksum = self._digest.hexdigest()
     finally:
       self._file.close()
-      if kind is not None:
+      with contextlib.suppress(FileNotFoundError):
         os.unlink(self._temporary)
-    if kind is None:
-      os.replace(self._temporary, self._path)
-      self.checksum = self._digest.hexdigest()
 
 
 def read(path: str) -> Iterator[Document]:
