@@ -57,6 +57,8 @@ class Cut:
   def __call__(self, document):
     if len(document.text) < self.least:
       return Dropped('too short')
+    if document.text == 'all gone':
+      return []
     if '|' in document.text:
       pieces = enumerate(document.text.split('|'))
       return [
@@ -77,7 +79,15 @@ class Shout:
 
 
 RAW = {
-  'a': ['one document', 'no', 'second|third one', '!', 'quiet please', 'one document'],
+  'a': [
+    'one document',
+    'no',
+    'second|third one',
+    '!',
+    'quiet please',
+    'one document',
+    'all gone',
+  ],
   'b': ['THIRD ONE', 'another', 'lone \udcff half', 'x', 'loud|quiet one'],
   'c': [f'document number {i} of many' for i in range(300)],
 }
@@ -125,11 +135,11 @@ def test_what_is_kept_dropped_and_why(raw, tmp_path, capsys):
   assert sorted(texts('train') + texts('validation')) == sorted(KEPT)
   manifest = processed.read_manifest(processed.folder('toy'))
   counts = {key: manifest.counts[key] for key in ('read', 'broken', 'kept')}
-  assert counts == {'read': 310, 'broken': 1, 'kept': 308}
+  assert counts == {'read': 311, 'broken': 1, 'kept': 308}
   assert manifest.counts['duplicates'] == 2  # one document, THIRD ONE
   assert manifest.broken_places == ['a.txt:4: a mark']
   dropped = {reason: entry['documents'] for reason, entry in manifest.dropped.items()}
-  assert dropped == {'too short': 2, 'quiet': 2}
+  assert dropped == {'too short': 2, 'quiet': 2, 'nothing left': 1}
   assert manifest.dropped['too short']['examples'] == [
     {'id': 'a.txt:2', 'text': 'no'},
     {'id': 'b.txt:4', 'text': 'x'},

@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from palm_t5x import errors
@@ -126,7 +126,8 @@ def _through(document, steps) -> list:
   if isinstance(outcome, documents.Dropped):
     return [outcome]
   kept = outcome if isinstance(outcome, list) else [outcome]
-  return [last for one in kept for last in _through(one, steps[1:])]
+  last = [end for one in kept for end in _through(one, steps[1:])]
+  return last or [documents.Dropped('nothing left')]
 
 
 def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage]:
@@ -156,7 +157,7 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     ]
 
   def num_kept(job) -> int:
-    return sum(facts['kept'] for facts in job.facts('read').values())
+    return sum(facts['kept'] for facts in _each(job, 'read', shares))
 
   def unique_units(job):
     del job
@@ -165,8 +166,8 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     ]
 
   def write(job):
-    done = job.facts('read').values()
-    least = min((facts['smallest_draw'] for facts in done), default=0.0)
+    draws = (facts['smallest_draw'] for facts in _each(job, 'read', shares))
+    least = min(draws, default=0.0)
     limit = max(corpus.validation_share, least) if corpus.validation_share else -1.0
     draw = functools.partial(_split_of, corpus, limit)
     # Near-duplicates were looked for among the files without exact ones.
@@ -196,6 +197,11 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     jobs.Stage('write', write, f'writing {corpus.name}'),
     jobs.Stage('finish', finish, 'reporting'),
   ]
+
+
+def _each(job: jobs.Job, stage: str, shares: Sequence[Share]) -> Iterator[Any]:
+  """The facts of each share, one at a time: all together they may be large."""
+  return (job.facts_of(stage, share.name) for share in shares)
 
 
 def _size(share: Share) -> int:
@@ -330,50 +336,46 @@ def _settings(stream: Stream) -> dict[str, Any]:
 def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
   """Unit of 'finish'."""
   job = jobs.Job(folder)
-  read = [job.facts_of('read', share.name) for share in shares]
-  written = [job.facts_of('write', share.name) for share in shares]
   counts, tally = records.Counts(), facts.Tally()
-  scores = quality_report.Tally()
+  scores, kept = quality_report.Tally(), 0
   dropped: dict[str, Any] = {}
   # In the order of the shares, so that it does not matter who did which.
-  for unit in read:
+  for unit in _each(job, 'read', shares):
     counts.merge(records.Counts(**unit['counts']))
     scores.merge(quality_report.Tally(**unit['scores']))
+    kept += unit['kept']
     for reason, entry in unit['dropped'].items():
       total = dropped.setdefault(reason, {'documents': 0, 'bytes': 0, 'examples': []})
       total['documents'] += entry['documents']
       total['bytes'] += entry['bytes']
       total['examples'] = (total['examples'] + entry['examples'])[:_EXAMPLES]
-  for unit in written:
+  splits = {split: {'documents': 0, 'bytes': 0, 'files': []} for split in SPLITS}
+  near, near_examples = 0, []
+  for unit in _each(job, 'write', shares):
     tally.merge(facts.Tally.from_json(unit['tally']))
+    near += unit['near_duplicates']
+    near_examples = (near_examples + unit['near_duplicate_examples'])[:_EXAMPLES]
+    for split, file in unit['files'].items():
+      splits[split]['files'].append(file)
+      for key in ('documents', 'bytes'):
+        splits[split][key] += file[key]
   manifest = processed.Manifest(
     name=corpus.name,
     settings=settings(corpus, shares),
-    splits={split: _split(written, split) for split in SPLITS},
+    splits=splits,
     counts={
       'read': counts.documents,
       'read_bytes': counts.text_bytes,
       'broken': sum(counts.broken.values()),
       'ignored': sum(counts.ignored.values()),
-      'kept': sum(unit['kept'] for unit in read),
+      'kept': kept,
       'duplicates': sum(f['duplicates'] for f in job.facts('duplicates').values()),
-      'near_duplicates': sum(unit['near_duplicates'] for unit in written),
+      'near_duplicates': near,
     },
     broken={**counts.broken, **counts.ignored},
     broken_places=counts.places,
     dropped=dropped,
-    near_duplicate_examples=[
-      pair for unit in written for pair in unit['near_duplicate_examples']
-    ][:_EXAMPLES],
+    near_duplicate_examples=near_examples,
   )
   corpus_report.write(output, manifest, tally, scores)
   processed.write_manifest(output, manifest)
-
-
-def _split(written, split: str) -> dict[str, Any]:
-  files = [unit['files'][split] for unit in written]
-  return {
-    'documents': sum(file['documents'] for file in files),
-    'bytes': sum(file['bytes'] for file in files),
-    'files': files,
-  }
