@@ -75,7 +75,7 @@ MODES = {
   'describe': Mode(
     'palm_t5x.commands.describe',
     'describe',
-    'parameters, shapes, memory and FLOPs of a configuration; opens no data',
+    'parameters, memory and FLOPs of a configuration, and what it will read',
     'runs/describe.gin',
     '--gin_file=palm_540b.gin',
   ),

@@ -111,7 +111,18 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize('shape', MESHES, ids=lambda s: 'x'.join(map(str, s)))
+# One of each kind; `make test-slow` has them all.
+EVERY_TIME = [(1, 1, 1), (1, 8, 1), (1, 1, 8), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    shape if shape in EVERY_TIME else pytest.param(shape, marks=pytest.mark.slow)
+    for shape in MESHES
+  ],
+  ids=lambda shape: 'x'.join(map(str, shape)),
+)
 def test_every_mesh_gives_the_same_losses(shape):
   partitioner = partitioning.PjitPartitioner(
     ici_mesh_shape=shape,

@@ -98,7 +98,7 @@ def _example_line(task: Any, longest: int = 90) -> str:
   try:
     example = _first_example(task, splits[0])
   except (UserError, Failure) as e:
-    return f'(no example: {e})'
+    return f'(no example: {str(e).partition(": ")[0]})'
   parts = (f'{k}: {_shortened(v, longest)}' for k, v in (example or {}).items())
   return '  '.join(itertools.islice(parts, 2)) or '(empty)'
 
