@@ -24,7 +24,7 @@ def cache_dir(path: str | None = None) -> str:
     path = os.path.join(home, 'palm_t5x')
   if '://' in path:
     return path
-  return os.path.abspath(os.path.expanduser(path))
+  return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
 
 
 def package_gin_dir() -> str:

@@ -17,6 +17,12 @@ def use(data_dir: str | None = None, corpus_dir: str | None = None) -> None:
   _places.update(data_dir=data_dir, corpus_dir=corpus_dir)
 
 
+def _absolute(path: str) -> str:
+  if '://' in path:  # a bucket: whoever reads it says whether it can
+    return path
+  return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
+
+
 def data_dir() -> str:
   """The folder of datasets in their original formats.
 
@@ -29,7 +35,7 @@ def data_dir() -> str:
       'This reads a dataset from its original files, and no folder was named: pass '
       '--data_dir=FOLDER.'
     )
-  return os.path.abspath(os.path.expanduser(path))
+  return _absolute(path)
 
 
 def corpus_dir() -> str:
@@ -43,4 +49,4 @@ def corpus_dir() -> str:
     raise UserError(
       'No folder of sub-corpora was named: set CORPUS_DIR, or call palm_t5x.places.use.'
     )
-  return os.path.abspath(os.path.expanduser(path))
+  return _absolute(path)

@@ -1,9 +1,11 @@
 """Jobs: each unit once, whatever is killed, on any number of processes and shards."""
 
+import concurrent.futures
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -225,3 +227,19 @@ def _runs(pid):
     return pathlib.Path(f'/proc/{pid}/stat').read_text().split(')')[1].split()[0] != 'Z'
   except FileNotFoundError:
     return False
+
+
+def test_shards_that_begin_at_once_do_not_delete_each_others_work(tmp_path):
+  """Every one of them finds the settings of whoever was first."""
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    for number in range(15):
+      barrier = threading.Barrier(4)
+
+      def begin(shard, number=number, barrier=barrier):
+        barrier.wait()
+        job = jobs.Job(str(tmp_path / str(number)), {'a': 1})
+        job.perform('work', jobs.Unit(f'u{shard}', int))
+        return job
+
+      for job in list(threads.map(begin, range(4))):
+        assert job.done('work') == {'u0', 'u1', 'u2', 'u3'}

@@ -200,8 +200,9 @@ def test_stages_find_what_find_finds(tmp_path, mixed, num_inputs, seed):
   assert len(job.done('near_candidates')) > 2 < len(job.done('near_verify'))
   found = [near_duplicates.dropped(work, i) for i in range(num_inputs)]
   for i, part in enumerate(found):
-    assert set(part) <= {d.id for d in docs[i::num_inputs]}
-  assert {k: v for part in found for k, v in part.items()} == expected
+    mine = docs[i::num_inputs]
+    assert all(mine[place].id == name for place, (name, _) in part.items())
+  assert {name: kept for part in found for name, kept in part.values()} == expected
   facts = job.facts_of('near_cluster', 'all')
   assert facts['dropped'] == len(expected)
   # A unit that is done again, as after a kill, leaves the same bytes.

@@ -346,3 +346,108 @@ def test_killed_again_and_again(tmp_path):
   subprocess.run(command(tmp_path / 'killed'), check=True)
   assert tree(tmp_path / 'killed/news') == tree(tmp_path / 'straight/news')
   assert len(tree(tmp_path / 'straight/news')) > 80
+
+
+def test_ids_need_not_be_unique(raw):
+  """A text and its revision under one id, 40 times: one of each pair is kept."""
+  for name in 'abc':
+    (raw / f'{name}.txt').unlink()
+  draw = random.Random(0)
+  pairs = []
+  for _ in range(40):
+    words = [f'word{draw.randrange(10_000)}' for _ in range(200)]
+    pairs += [' '.join(words), ' '.join(['new', *words[1:]])]
+  (raw / 'a.txt').write_text('\n'.join(map(json.dumps, pairs)))
+  stream = sub_corpus.Stream(Lines(), (SameId(),))
+  made = sub_corpus.SubCorpus('toy', (stream,), near_duplicates.Options())
+  corpus_command.corpus(definition=made, workers=1)
+  kept = [*texts('train'), *texts('validation')]
+  assert len(kept) == 40
+  assert {text.split()[1] for text in kept} == {text.split()[1] for text in pairs}
+
+
+@dataclasses.dataclass(frozen=True)
+class SameId:
+  """Gives two neighbouring lines one id."""
+
+  def __call__(self, document):
+    number = int(document.id.partition(':')[2]) - 1
+    document.id = str(number // 2)
+    return document
+
+
+def test_what_is_made_of_one_record_stays_on_one_side(raw):
+  for name in 'abc':
+    (raw / f'{name}.txt').unlink()
+  lines = [f'turn {i}|the answer to {i}|and thanks for {i}' for i in range(300)]
+  (raw / 'a.txt').write_text('\n'.join(map(json.dumps, lines)))
+  corpus_command.corpus(definition=definition(), workers=1)
+  number = lambda text: text.split()[-1]
+  train, held = ({*map(number, texts(split))} for split in ('train', 'validation'))
+  assert not train & held and len(train | held) == 300 and len(held) > 30
+
+
+@pytest.mark.parametrize('salt', 'abcd')
+def test_something_is_held_out_of_what_near_duplicates_leave(raw, salt):
+  for name in 'abc':
+    (raw / f'{name}.txt').unlink()
+  words = [[f'w{i}x{j}' for j in range(100)] for i in range(15)]
+  lines = [' '.join([f'copy{k}', *w]) for w in words for k in range(3)]
+  (raw / 'a.txt').write_text('\n'.join(map(json.dumps, lines)))
+  made = definition(
+    near_duplicates=near_duplicates.Options(), validation_share=1e-9, salt=salt
+  )
+  corpus_command.corpus(definition=made, workers=1)
+  assert (len(texts('train')), len(texts('validation'))) == (14, 1)
+  manifest = processed.read_manifest(processed.folder('toy'))
+  assert manifest.splits['train']['documents'] == 14
+  processed.verify(processed.folder('toy'))
+
+
+def test_nothing_left_is_a_mistake_and_can_be_mended(raw):
+  made = definition()
+  nothing = dataclasses.replace(
+    made, streams=(sub_corpus.Stream(Lines(), (Cut(1000),)),)
+  )
+  with pytest.raises(errors.UserError, match='Nothing is left of the 311 records'):
+    corpus_command.corpus(definition=nothing, workers=1)
+  corpus_command.corpus(definition=made, workers=1)
+  assert texts('train')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'validation_share': 2}, 'VALIDATION_SHARE = 2'),
+    ({'validation_share': -1}, 'VALIDATION_SHARE = -1'),
+    ({'max_broken': -1}, 'MAX_BROKEN = -1'),
+    ({'near_duplicates': True}, 'NEAR_DUPLICATES = True'),
+  ],
+)
+def test_values_that_mean_nothing(changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    definition(**changes)
+
+
+def test_buckets_and_workers_that_cannot_be(raw):
+  with pytest.raises(errors.UserError, match='WORKERS = 0'):
+    corpus_command.corpus(definition=definition(), workers=0)
+  places.use(str(raw), 'gs://bucket/corpora')
+  with pytest.raises(errors.UserError, match=r'gs://bucket/corpora.*local or mounted'):
+    make()
+
+
+def test_a_flipped_bit_is_noticed(raw):
+  make()
+  folder = pathlib.Path(processed.folder('toy'))
+  file, draw = next(folder.glob('train-00002*')), random.Random(0)
+  data, clean = file.read_bytes(), texts('train')
+  for _ in range(100):
+    place = draw.randrange(len(data))
+    damaged = bytearray(data)
+    damaged[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(damaged)
+    try:
+      assert texts('train') == clean
+    except errors.Failure:
+      continue

@@ -107,6 +107,8 @@ def _stores(
   name: Any, splits: Sequence[str], vocabulary: Any, cache_dir: str, seed: int
 ) -> list[_Store]:
   """All stores that are asked for."""
+  import seqio
+
   from palm_t5x.corpus import prepare
 
   splits = [splits] if isinstance(splits, str) else list(splits)
@@ -121,6 +123,12 @@ def _stores(
   for split in splits:
     if split in missing:
       print(f"'{name}' has no split '{split}'.")
+      continue
+    provider = prepare.mixture_or_task(name)
+    empty = [t for t in seqio.get_subtasks(provider) if prepare.is_empty(t, split)]
+    for task in empty:
+      print(f"'{task.name}' has no documents in its split '{split}'.")
+    if len(empty) == len(seqio.get_subtasks(provider)):
       continue
     for task, _ in prepare.tasks_and_weights(name, split):
       path = prepare.store_path(cache_dir, task, split, vocabulary, seed)

@@ -48,15 +48,18 @@ def corpus(
       't5x corpus needs a sub-corpus to make, such as --gin_file=corpus/books.gin '
       '--data_dir=raw/books; or --report, for those that are finished.'
     )
+  output = processed.folder(definition.name)
+  if '://' in output:
+    raise UserError(
+      f'CORPUS_DIR = {os.path.dirname(output)}: sub-corpora need a local or mounted '
+      'folder; only token stores may be in a bucket.'
+    )
+  workers = jobs.default_workers(workers)
   for function in before:
     function()
-  output = processed.folder(definition.name)
   shares = definition.shares(places.data_dir())
-  settings = sub_corpus.settings(definition, shares)
-  if _is_finished(output, settings):
-    _say(processed.read_manifest(output), output)
-    return
-  if _make(definition, shares, settings, output, runner, workers, shard_id, num_shards):
+  how = {'workers': workers, 'shard_id': shard_id, 'num_shards': num_shards}
+  if _make(definition, shares, output, runner, how):
     _say(processed.read_manifest(output), output)
   else:
     print(
@@ -65,30 +68,37 @@ def corpus(
     )
 
 
-def _make(
-  definition, shares, settings, output, runner, workers, shard_id, num_shards
-) -> bool:
-  """Does the stages; False if other shards have yet to do their part."""
+def _make(definition, shares, output: str, runner, how: dict[str, int]) -> bool:
+  """Does the stages; False if other shards have yet to do their part.
+
+  Args:
+    how: workers, shard_id and num_shards, for `jobs.run`.
+  """
+  jobs.check_shard(how['shard_id'], how['num_shards'])
+  settings = sub_corpus.settings(definition, shares)
+  alone = how['num_shards'] == 1
   whole = lambda: processed.read_manifest(output) is not None
-  with only_builder(output, shared=num_shards > 1):
-    job = jobs.Job(output + '.work', settings)
+  with only_builder(output, shared=not alone):
+    work = output + '.work'
+    if _is_finished(output, settings):
+      if alone and os.path.isdir(work):  # killed between the manifest and the end
+        jobs.Job(work).delete()
+      return True
+    job = jobs.Job(work, settings)
     stages = sub_corpus.stages(definition, shares, job.folder, output)
     try:
       if runner is not None:
         done = runner(job, stages)
       else:
-        done = jobs.run(
-          job,
-          stages,
-          workers=workers or os.cpu_count() or 1,
-          shard_id=shard_id,
-          num_shards=num_shards,
-          progress=PrepareProgress(),
-          finished=whole,
-        )
+        progress = PrepareProgress()
+        done = jobs.run(job, stages, progress=progress, finished=whole, **how)
+    except UserError:
+      if alone:
+        job.delete()  # so that it is read again when the files have been mended
+      raise
     except Failure:
       # Another shard may have finished it and deleted what this one was reading.
-      if num_shards == 1 or not whole():
+      if alone or not whole():
         raise
       done = True
     if done:

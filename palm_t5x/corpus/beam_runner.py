@@ -77,7 +77,10 @@ def run(
   local = [stage for stage in stages if stage.local]
   jobs.run(job, local)
   storage.delete_folder(job.path(_FAILED))
-  pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+  try:
+    pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+  except ValueError as e:
+    raise errors.UserError(f'Beam refuses BEAM_RUNNER or BEAM_OPTIONS: {e}') from e
   before = pipeline | 'begin' >> beam.Create([0])
   for stage in stages[len(local) :]:
     # A side input is whole before any element meets it: that is the barrier.

@@ -17,5 +17,6 @@ def add_corpus_task(name: str) -> seqio.Task:
     splits=('train', 'validation'),
     fingerprint=functools.partial(processed.fingerprint, name),
     parts=functools.partial(processed.parts, name),
+    is_empty=functools.partial(processed.is_empty, name),
   )
   return sources.add_text_task(name, source)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,11 @@ def uniform(*names) -> float:
   return (int.from_bytes(digest, 'little') >> 11) / (1 << 53)
 
 
+def temporary(path: str) -> str:
+  """A name beside `path` that no other process uses, on whichever machine."""
+  return f'{path}.{uuid.uuid4().hex[:12]}.tmp'
+
+
 class Writer:
   """Writes a file of documents: whole, fsynced and renamed on leaving the with block.
 
@@ -107,7 +113,7 @@ class Writer:
   """
 
   def __init__(self, path: str):
-    self._path, self._temporary = path, f'{path}.{os.getpid()}.tmp'
+    self._path, self._temporary = path, temporary(path)
     self._digest = hashlib.blake2b(digest_size=16)
     self.num_documents, self.checksum = 0, ''
 
@@ -115,9 +121,8 @@ class Writer:
     with storage.writing(self._path):
       os.makedirs(os.path.dirname(self._path), exist_ok=True)
       self._file = open(self._temporary, 'wb')
-    self._out = zstandard.ZstdCompressor(_LEVEL).stream_writer(
-      self._file, closefd=False
-    )
+    compressor = zstandard.ZstdCompressor(_LEVEL, write_checksum=True)
+    self._out = compressor.stream_writer(self._file, closefd=False)
     self._pending = io.BytesIO()
     return self
 

@@ -10,10 +10,10 @@ import os
 
 import numpy as np
 
-from palm_t5x.corpus import jobs, storage
+from palm_t5x.corpus import documents, jobs, storage
 
 _BUCKET_DOCUMENTS = 4_000_000  # about 100 MB of hashes and places at a time
-_HASH = np.dtype([('high', '>u8'), ('low', '>u8'), ('ordinal', '<u8')])
+_HASH = np.dtype([('high', '<u8'), ('low', '<u8'), ('ordinal', '<u8')])
 _PLACE = np.dtype([('part', '<u8'), ('ordinal', '<u8')])
 
 
@@ -39,7 +39,7 @@ class HashFile:
 
 def save(path: str, array: np.ndarray) -> None:
   """np.save, atomically and for good."""
-  temporary = f'{path}.{os.getpid()}.tmp'
+  temporary = documents.temporary(path)
   with storage.writing(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
@@ -101,6 +101,7 @@ def dropped_of(folder: str, part: int) -> set[int]:
   for name in sorted(os.listdir(folder)):
     if name.endswith('.npy'):
       places = np.load(os.path.join(folder, name), mmap_mode='r')
-      low, high = np.searchsorted(places['part'], [part, part + 1])
+      edges = np.array([part, part + 1], '<u8')  # of another type, all are copied
+      low, high = np.searchsorted(places['part'], edges)
       ordinals.update(places['ordinal'][low:high].tolist())
   return ordinals

@@ -29,6 +29,7 @@ from palm_t5x.corpus import storage
 
 logger = logging.getLogger(__name__)
 
+_BEGIN_SECONDS = 3.0  # in which a shard that began a job has written its settings
 _BEAT_SECONDS = 5.0  # between two signs of life of a shard
 _ALIVE_SECONDS = 30.0  # how old the last one may be
 _NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')
@@ -93,11 +94,14 @@ class Job:
   def _check(self, settings: dict[str, Any]):
     path = storage.join(self.folder, 'settings.json')
     found = storage.read_bytes(path)
-    if found is None and storage.exists(self.folder):
-      # Killed while it was being deleted, unless another shard just began it.
-      found = storage.read_bytes(path)
-      if found is None:
+    deadline = time.monotonic() + _BEGIN_SECONDS
+    while found is None and storage.exists(self.folder):
+      # Another shard is just beginning it; or it was killed while it deleted it.
+      if time.monotonic() > deadline:
         storage.delete_folder(self.folder)
+      else:
+        time.sleep(0.05)
+      found = storage.read_bytes(path)
     if found is None:
       text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
       storage.write_bytes(path, text.encode())
@@ -273,6 +277,9 @@ def _others(job, stage, units, take_over, shards, pool, progress) -> bool | None
       orphans = [unit for shard, unit in left if shard not in alive]
       if orphans:
         # A few at a time: a shard that comes back finds the rest undone.
+        # Each shard begins elsewhere, so that they do not all do the same.
+        first = shards.shard_id * len(orphans) // count
+        orphans = [*orphans[first:], *orphans[:first]]
         _perform(job, stage, orphans[: pool.workers], pool, progress)
         continue
     waiting = {shard for shard, _ in left}
@@ -387,3 +394,20 @@ class _Shards:
           since -= _ALIVE_SECONDS
       self._seen[shard] = (data, since)
     return time.monotonic() - since < _ALIVE_SECONDS
+
+
+def default_workers(workers: int | None) -> int:
+  """The number of worker processes: `workers`, or for None one per usable core.
+
+  Raises:
+    UserError: it is not a number of processes.
+  """
+  if workers is None:
+    if hasattr(os, 'sched_getaffinity'):  # fewer than there are, in many containers
+      return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+  if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+    raise errors.UserError(
+      f'WORKERS = {workers!r}: it is a number of processes, or None.'
+    )
+  return workers

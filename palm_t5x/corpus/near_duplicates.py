@@ -234,8 +234,11 @@ def stages(
   ]
 
 
-def dropped(work: str, index: int) -> dict[str, str]:
-  """Of input `index`: the id of each document to drop -> the id of the one kept.
+def dropped(work: str, index: int) -> dict[int, tuple[str, str]]:
+  """What to drop of input `index`: ids need not be unique, places are.
+
+  Returns:
+    the number of each document to drop -> (its id, the id of the one kept).
 
   Raises:
     Failure: the list is missing or damaged.
@@ -243,7 +246,7 @@ def dropped(work: str, index: int) -> dict[str, str]:
   path = _path(work, 'dropped', index, 'json')
   try:
     with open(path, encoding='utf-8') as f:
-      return json.load(f)
+      return {int(place): tuple(ids) for place, ids in json.load(f).items()}
   except (OSError, ValueError) as e:
     raise errors.Failure(
       f'The list of near-duplicates {path} cannot be read ({e}): delete the folder '
@@ -399,7 +402,8 @@ def _cluster(work, num_inputs, num_verifiers) -> dict:
     mine = slice(bounds[index], bounds[index + 1])
     both = zip(gone[mine].tolist(), kept[mine].tolist(), strict=True)
     with _writing(_path(work, 'dropped', index, 'json')) as f:
-      f.write(json.dumps({ids[d]: ids[k] for d, k in both}, indent=0).encode())
+      places = {d & 0xFFFFFFFF: (ids[d], ids[k]) for d, k in both}
+      f.write(json.dumps(places, indent=0).encode())
   sizes = np.unique(kept, return_counts=True)[1] + 1
   return {
     'clusters': len(sizes),
@@ -419,7 +423,7 @@ def _path(work: str, kind: str, index: int, ending: str) -> str:
 @contextlib.contextmanager
 def _writing(path: str):
   """A binary file that appears whole or not at all."""
-  temporary = f'{path}.{os.getpid()}.tmp'
+  temporary = documents_lib.temporary(path)
   with storage.writing(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:

@@ -57,6 +57,11 @@ def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
   if not chosen:
     known = ', '.join(sorted(provider.splits))
     raise errors.UserError(f"'{provider.name}' has no split '{split}': it has {known}.")
+  chosen = [task for task in chosen if not is_empty(task, base)]
+  if not chosen:
+    raise errors.UserError(
+      f"'{provider.name}' has no documents in its split '{split}'."
+    )
   if isinstance(provider, seqio.Task):
     return [(provider, 1.0)]
   try:
@@ -67,6 +72,11 @@ def tasks_and_weights(name, split: str) -> list[tuple[seqio.Task, float]]:
       'numbers, or cache its tasks with seqio_cache_tasks.'
     ) from e
   return [(task, weight) for task, weight in weighted if weight > 0]
+
+
+def is_empty(task: seqio.Task, split: str) -> bool:
+  """Whether the split is known to have no documents."""
+  return getattr(task.source, 'is_empty', lambda split: False)(split)
 
 
 def _can_slice(source: seqio.DataSource) -> bool:

@@ -153,6 +153,12 @@ def texts(name: str, split: str):
       yield document.text
 
 
+def is_empty(name: str, split: str) -> bool:
+  """Whether the sub-corpus is there and has no documents in the split."""
+  manifest = read_manifest(folder(name))
+  return manifest is not None and not manifest.splits[split]['documents']
+
+
 def fingerprint(name: str, split: str) -> str | None:
   """A short string that changes when the texts do; None where they are not here."""
   manifest = read_manifest(folder(name))

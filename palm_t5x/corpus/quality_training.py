@@ -1,6 +1,7 @@
 """The classifier that web pages are scored with: found, or trained when needed."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ from palm_t5x import errors, places
 from palm_t5x.corpus import documents, processed, quality, readers, storage
 from palm_t5x.corpus.sub_corpus import Stream
 from palm_t5x.corpus.token_store import only_builder
+
+logger = logging.getLogger(__name__)
 
 
 def model_path(path: str | None, cache_dir: str) -> str | None:
@@ -34,6 +37,7 @@ class Training:
     crawled: raw pages, with the steps that they go through before they are scored.
     max_documents: of either kind that are looked at.
     num_features: hashed features of the linear model.
+    max_broken, max_broken_share: broken records that are passed over, as in SubCorpus.
   """
 
   path: str | None
@@ -42,6 +46,8 @@ class Training:
   crawled: Stream
   max_documents: int = 50_000
   num_features: int = 1 << 18
+  max_broken: int = 100
+  max_broken_share: float = 0.01
 
   def __call__(self) -> None:
     """Makes sure that there is a model.
@@ -50,7 +56,10 @@ class Training:
       UserError: there is nothing to train it on.
     """
     path = model_path(self.path, self.cache_dir)
-    if path is None or quality.exists(path):
+    if path is None:
+      return
+    if quality.exists(path):
+      logger.info('scoring by the classifier in %s; delete it to train another', path)
       return
     curated = [part for name in self._names() for part in self._curated(name, path)]
     folder = os.path.join(places.data_dir(), self.crawled.folder)
@@ -64,6 +73,8 @@ class Training:
         crawled_steps=self.crawled.steps,
         max_documents=self.max_documents,
         num_features=self.num_features,
+        max_broken=self.max_broken,
+        max_broken_share=self.max_broken_share,
       )
 
   def _names(self) -> Sequence[str]:

@@ -76,6 +76,11 @@ class Files:
   part_bytes: int = records.PART_BYTES
 
   def __post_init__(self):
+    if self.part_bytes < 1 or self.max_document_bytes < 1:
+      raise errors.UserError(
+        f'part_bytes = {self.part_bytes}, max_document_bytes = '
+        f'{self.max_document_bytes}: both are numbers of bytes, 1 or more.'
+      )
     if self.invalid_utf8 not in ('broken', 'replace'):
       raise errors.UserError(
         f"invalid_utf8 = {self.invalid_utf8!r}: it is 'broken' or 'replace'."

@@ -42,6 +42,8 @@ class DocumentSource(seqio.DataSource):
     parts: split -> list of `Part`s that hold its documents, so that several processes
       can read them; they import what a part's `read` is defined in, which should
       therefore not be TensorFlow.
+    is_empty: split -> whether it is known to have no documents; a mixture then does
+      without it. None: no split is.
   """
 
   def __init__(
@@ -51,11 +53,13 @@ class DocumentSource(seqio.DataSource):
     fingerprint=None,
     identity=None,
     parts=None,
+    is_empty=None,
   ):
     if documents is None and parts is None:
       raise ValueError('a source needs documents or parts')
     self._documents = documents
     self._parts = parts
+    self._is_empty = is_empty
     self._fingerprint = fingerprint
     self._identity = identity
     super().__init__(splits=splits, caching_permitted=True)
@@ -71,6 +75,10 @@ class DocumentSource(seqio.DataSource):
     None: the text is not here.
     """
     return self._fingerprint(split) if self._fingerprint else ''
+
+  def is_empty(self, split: str) -> bool:
+    """Whether the split is known to have no documents."""
+    return bool(self._is_empty and self._is_empty(split))
 
   def parts(self, split: str) -> Sequence[Part] | None:
     """What several processes can read the documents of a split from, if they can."""

@@ -15,7 +15,9 @@ Its stages (`jobs.Stage`) are:
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,6 +37,7 @@ from palm_t5x.corpus import (
 
 _EXAMPLES = 3  # of dropped documents that are kept for each reason and share
 _EXCERPT = 300  # characters of them
+_DRAW = 'split_draw'  # in a document's meta, until it is written
 SPLITS = ('train', 'validation')
 
 
@@ -68,8 +71,8 @@ class SubCorpus:
     name: its folder below CORPUS_DIR and the name of its task.
     streams: its kinds of raw files.
     near_duplicates: a `near_duplicates.Options`, or None to keep near-duplicates.
-    validation_share: of documents held out at random, by a hash of their text; one at
-      least, unless it is 0.
+    validation_share: of records held out at random, by a hash of their text, with all
+      documents that are made of them; one document at least, unless it is 0.
     max_broken, max_broken_share: so many broken records of a share of the raw files
       are passed over, or so large a part of what was read of it, if that is more.
     salt: of the random split; another salt is another draw.
@@ -82,6 +85,29 @@ class SubCorpus:
   max_broken: int = 100
   max_broken_share: float = 0.01
   salt: str = 'split'
+
+  def __post_init__(self):
+    if not self.name or not self.name.replace('_', '').replace('-', '').isalnum():
+      raise errors.UserError(
+        f'SubCorpus.name = {self.name!r}: it names a folder; letters, digits, - and _.'
+      )
+    if not 0 <= self.validation_share < 1:
+      raise errors.UserError(
+        f'VALIDATION_SHARE = {self.validation_share}: it is a share of the documents, '
+        '0 or more and below 1.'
+      )
+    if self.max_broken < 0 or self.max_broken_share < 0:
+      raise errors.UserError(
+        f'MAX_BROKEN = {self.max_broken}, MAX_BROKEN_SHARE = {self.max_broken_share}: '
+        'neither can be negative.'
+      )
+    if self.near_duplicates is not None and not hasattr(
+      self.near_duplicates, 'settings'
+    ):
+      raise errors.UserError(
+        f'NEAR_DUPLICATES = {self.near_duplicates!r}: it is None or '
+        "'@near_duplicates.Options()'."
+      )
 
   def shares(self, data_dir: str) -> list['Share']:
     """The raw files, in shares that one worker reads each.
@@ -165,19 +191,17 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
       jobs.Unit(names[i], _unique, (kept(i), places, i, unique(i))) for i in every
     ]
 
-  def write(job):
-    draws = (facts['smallest_draw'] for facts in _each(job, 'read', shares))
-    least = min(draws, default=0.0)
-    limit = max(corpus.validation_share, least) if corpus.validation_share else -1.0
-    draw = functools.partial(_split_of, corpus, limit)
+  def written(i: int) -> tuple:
+    """Arguments of `_write`, but for the last."""
     # Near-duplicates were looked for among the files without exact ones.
-    how = (
-      (kept, places, None) if corpus.near_duplicates is None else (unique, None, near)
-    )
-    return [
-      jobs.Unit(names[i], _write, (how[0](i), i, *how[1:], output, len(shares), draw))
-      for i in every
-    ]
+    if corpus.near_duplicates is None:
+      return kept(i), i, places, None, output, len(shares)
+    return unique(i), i, None, near, output, len(shares)
+
+  def write(job):
+    del job
+    limit = corpus.validation_share
+    return [jobs.Unit(names[i], _write, (*written(i), limit)) for i in every]
 
   chain = [
     jobs.Stage('read', read, f'reading {corpus.name}'),
@@ -189,7 +213,7 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     chain += near_duplicates.stages(files, near, corpus.near_duplicates)
 
   def finish(job):
-    args = (corpus, job.folder, tuple(shares), output)
+    args = (corpus, job.folder, tuple(shares), output, written)
     return [jobs.Unit('all', _finish, args)]
 
   return [
@@ -212,7 +236,7 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
   """Unit of 'read'."""
   counts, hash_file, kept_bytes = records.Counts(), exact_duplicates.HashFile(), 0
   dropped: dict[str, dict[str, Any]] = {}
-  scores, smallest = quality_report.Tally(), 1.0
+  scores = quality_report.Tally()
   source = records.tolerant(
     share.part.read(),
     counts,
@@ -223,16 +247,19 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
     for document in source:
       document.id = share.prefix + document.id
       text = document.text = documents.clean(document.text)
+      # Drawn for the record: what is made of one record stays on one side.
+      draw = documents.uniform(corpus.salt, document.hash().hex())
       outcomes = _through(document, share.steps)
       scores.add(document, not isinstance(outcomes[0], documents.Dropped))
+      gone = {o.reason for o in outcomes if isinstance(o, documents.Dropped)}
+      for reason in sorted(gone):
+        _count_dropped(dropped, reason, document.id, text)
       for outcome in outcomes:
         if isinstance(outcome, documents.Dropped):
-          _count_dropped(dropped, outcome.reason, document.id, text)
           continue
         outcome.text = documents.clean(outcome.text)
-        text_hash = outcome.hash()
-        hash_file.add(text_hash)
-        smallest = min(smallest, _draw(corpus, text_hash))
+        hash_file.add(outcome.hash())
+        outcome.meta[_DRAW] = draw
         writer.add(outcome)
         kept_bytes += len(outcome.text.encode())
   hash_file.write(hashes)
@@ -242,13 +269,7 @@ def _read(share: Share, corpus: SubCorpus, kept: str, hashes: str) -> dict[str, 
     'kept_bytes': kept_bytes,
     'dropped': dropped,
     'scores': scores.facts(),
-    'smallest_draw': smallest,
   }
-
-
-def _draw(corpus: SubCorpus, text_hash: bytes) -> float:
-  """What decides about a document's split: below a limit it is held out."""
-  return documents.uniform(corpus.salt, text_hash.hex())
 
 
 def _count_dropped(dropped, reason: str, name: str, text: str) -> None:
@@ -269,15 +290,14 @@ def _unique(source: str, places: str, part: int, target: str) -> dict[str, int]:
   return {'documents': writer.num_documents}
 
 
-def _split_of(corpus: SubCorpus, limit: float, document: documents.Document) -> str:
-  return 'validation' if _draw(corpus, document.hash()) <= limit else 'train'
+def _write(source, part, places, near, output, num_parts, limit) -> dict[str, Any]:
+  """Unit of 'write'; `places` or `near` is None where it has been applied already.
 
-
-def _write(source, part, places, near, output, num_parts, split_of) -> dict[str, Any]:
-  """Unit of 'write'; `places` or `near` is None where it has been applied already."""
+  Documents whose draw is below `limit` are held out.
+  """
   gone = exact_duplicates.dropped_of(places, part) if places else set()
   near_gone = near_duplicates.dropped(near, part) if near else {}
-  tally, near_examples = facts.Tally(), []
+  tally, near_examples, smallest = facts.Tally(), [], 1.0
   files = {
     split: f'{split}-{part:05d}-of-{num_parts:05d}.jsonl.zst' for split in SPLITS
   }
@@ -290,11 +310,13 @@ def _write(source, part, places, near, output, num_parts, split_of) -> dict[str,
     for ordinal, document in enumerate(documents.read(source)):
       if ordinal in gone:
         continue
-      if document.id in near_gone:
+      if ordinal in near_gone:
         if len(near_examples) < _EXAMPLES:
-          near_examples.append([document.id, near_gone[document.id]])
+          near_examples.append(list(near_gone[ordinal]))
         continue
-      split = split_of(document)
+      draw = document.meta.pop(_DRAW)
+      smallest = min(smallest, draw)
+      split = 'validation' if draw < limit else 'train'
       writers[split].add(document)
       counts[split]['documents'] += 1
       counts[split]['bytes'] += len(document.text.encode())
@@ -307,12 +329,13 @@ def _write(source, part, places, near, output, num_parts, split_of) -> dict[str,
     'near_duplicates': len(near_gone),
     'near_duplicate_examples': near_examples,
     'tally': tally.to_json(),
+    'smallest_draw': smallest,
   }
 
 
 def settings(corpus: SubCorpus, shares: Sequence[Share]) -> dict[str, Any]:
   """What the outcome depends on, for `jobs.Job` and the manifest."""
-  inputs = json.dumps([(s.name, s.part.name, s.part.num_bytes) for s in shares])
+  inputs = json.dumps([(s.name, s.part.num_bytes, _pieces(s.part)) for s in shares])
   near = corpus.near_duplicates
   return {
     'name': corpus.name,
@@ -324,18 +347,48 @@ def settings(corpus: SubCorpus, shares: Sequence[Share]) -> dict[str, Any]:
   }
 
 
-def _settings(stream: Stream) -> dict[str, Any]:
+def _pieces(part: documents.Part) -> str:
+  """What a part reads, wherever the raw files lie."""
+  args = getattr(part.read, 'args', ())
+  kept = [a for a in args if not (isinstance(a, str) and os.path.isabs(a))]
+  return f'{part.name} {kept!r}'
+
+
+def _step_settings(step) -> Any:
   # What a step has learned counts, not where that lies.
-  steps = [
-    step.settings() if hasattr(step, 'settings') else repr(step)
-    for step in stream.chain
-  ]
+  if hasattr(step, 'settings'):
+    return step.settings()
+  if inspect.isfunction(step):
+    return f'{step.__module__}.{step.__qualname__}'
+  if ' at 0x' in repr(step):
+    raise errors.UserError(
+      f'The step {step!r} does not say what it is: make it a frozen dataclass, so that '
+      'two of them can be told apart.'
+    )
+  return repr(step)
+
+
+def _settings(stream: Stream) -> dict[str, Any]:
+  steps = [_step_settings(step) for step in stream.chain]
   return {'reader': repr(stream.reader), 'folder': stream.folder, 'steps': steps}
 
 
-def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
+def _hold_one_out(corpus: SubCorpus, job: jobs.Job, shares, written) -> dict[str, Any]:
+  """Share -> its new facts, where nothing was held out by chance: one share at most."""
+  held, smallest, part = 0, 1.0, 0
+  for i, unit in enumerate(_each(job, 'write', shares)):
+    held += unit['files']['validation']['documents']
+    if unit['smallest_draw'] < smallest:
+      smallest, part = unit['smallest_draw'], i
+  if held or not corpus.validation_share or smallest == 1.0:
+    return {}
+  return {shares[part].name: _write(*written(part), math.nextafter(smallest, 1.0))}
+
+
+def _finish(corpus, folder: str, shares: Sequence[Share], output: str, written) -> None:
   """Unit of 'finish'."""
   job = jobs.Job(folder)
+  again = _hold_one_out(corpus, job, shares, written)
   counts, tally = records.Counts(), facts.Tally()
   scores, kept = quality_report.Tally(), 0
   dropped: dict[str, Any] = {}
@@ -351,7 +404,8 @@ def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
       total['examples'] = (total['examples'] + entry['examples'])[:_EXAMPLES]
   splits = {split: {'documents': 0, 'bytes': 0, 'files': []} for split in SPLITS}
   near, near_examples = 0, []
-  for unit in _each(job, 'write', shares):
+  for share in shares:
+    unit = again.get(share.name) or job.facts_of('write', share.name)
     tally.merge(facts.Tally.from_json(unit['tally']))
     near += unit['near_duplicates']
     near_examples = (near_examples + unit['near_duplicate_examples'])[:_EXAMPLES]
@@ -359,6 +413,19 @@ def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
       splits[split]['files'].append(file)
       for key in ('documents', 'bytes'):
         splits[split][key] += file[key]
+  if not sum(split['documents'] for split in splits.values()):
+    why = max(dropped, key=lambda reason: dropped[reason]['documents'], default=None)
+    raise errors.UserError(
+      f'Nothing is left of the {counts.documents:,} records of {corpus.name}, and '
+      f'{sum(counts.broken.values()):,} broken ones'
+      f'{f" (most were dropped for: {why})" if why else ""}: check the files, the '
+      'steps, and the names of their fields.'
+    )
+  listed = {file['name'] for split in splits.values() for file in split['files']}
+  for name in os.listdir(output):  # what a kill, or another number of shares, left
+    stale = name.endswith('.jsonl.zst') and name not in listed
+    if stale or name.endswith('.tmp'):
+      os.unlink(os.path.join(output, name))
   manifest = processed.Manifest(
     name=corpus.name,
     settings=settings(corpus, shares),
