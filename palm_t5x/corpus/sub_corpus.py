@@ -191,17 +191,11 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
       jobs.Unit(names[i], _unique, (kept(i), places, i, unique(i))) for i in every
     ]
 
-  def written(i: int) -> tuple:
-    """Arguments of `_write`, but for the last."""
-    # Near-duplicates were looked for among the files without exact ones.
-    if corpus.near_duplicates is None:
-      return kept(i), i, places, None, output, len(shares)
-    return unique(i), i, None, near, output, len(shares)
-
   def write(job):
     del job
     limit = corpus.validation_share
-    return [jobs.Unit(names[i], _write, (*written(i), limit)) for i in every]
+    args = (corpus, shares, work, output)
+    return [jobs.Unit(names[i], _write, (*_write_args(i, *args), limit)) for i in every]
 
   chain = [
     jobs.Stage('read', read, f'reading {corpus.name}'),
@@ -213,7 +207,7 @@ def stages(corpus: SubCorpus, shares, work: str, output: str) -> list[jobs.Stage
     chain += near_duplicates.stages(files, near, corpus.near_duplicates)
 
   def finish(job):
-    args = (corpus, job.folder, tuple(shares), output, written)
+    args = (corpus, job.folder, tuple(shares), output)
     return [jobs.Unit('all', _finish, args)]
 
   return [
@@ -288,6 +282,17 @@ def _unique(source: str, places: str, part: int, target: str) -> dict[str, int]:
       if ordinal not in gone:
         writer.add(document)
   return {'documents': writer.num_documents}
+
+
+def _write_args(i: int, corpus: SubCorpus, shares, work: str, output: str) -> tuple:
+  """Arguments of `_write` for share i, but for the last."""
+  name = f'{shares[i].name}.jsonl.zst'
+  if corpus.near_duplicates is None:
+    places = os.path.join(work, 'places')
+    return os.path.join(work, 'kept', name), i, places, None, output, len(shares)
+  # Near-duplicates were looked for among the files without exact ones.
+  near = os.path.join(work, 'near')
+  return os.path.join(work, 'unique', name), i, None, near, output, len(shares)
 
 
 def _write(source, part, places, near, output, num_parts, limit) -> dict[str, Any]:
@@ -373,7 +378,7 @@ def _settings(stream: Stream) -> dict[str, Any]:
   return {'reader': repr(stream.reader), 'folder': stream.folder, 'steps': steps}
 
 
-def _hold_one_out(corpus: SubCorpus, job: jobs.Job, shares, written) -> dict[str, Any]:
+def _hold_one_out(corpus: SubCorpus, job: jobs.Job, shares, output) -> dict[str, Any]:
   """Share -> its new facts, where nothing was held out by chance: one share at most."""
   held, smallest, part = 0, 1.0, 0
   for i, unit in enumerate(_each(job, 'write', shares)):
@@ -382,13 +387,14 @@ def _hold_one_out(corpus: SubCorpus, job: jobs.Job, shares, written) -> dict[str
       smallest, part = unit['smallest_draw'], i
   if held or not corpus.validation_share or smallest == 1.0:
     return {}
-  return {shares[part].name: _write(*written(part), math.nextafter(smallest, 1.0))}
+  args = _write_args(part, corpus, shares, job.folder, output)
+  return {shares[part].name: _write(*args, math.nextafter(smallest, 1.0))}
 
 
-def _finish(corpus, folder: str, shares: Sequence[Share], output: str, written) -> None:
+def _finish(corpus, folder: str, shares: Sequence[Share], output: str) -> None:
   """Unit of 'finish'."""
   job = jobs.Job(folder)
-  again = _hold_one_out(corpus, job, shares, written)
+  again = _hold_one_out(corpus, job, shares, output)
   counts, tally = records.Counts(), facts.Tally()
   scores, kept = quality_report.Tally(), 0
   dropped: dict[str, Any] = {}
