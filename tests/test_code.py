@@ -249,3 +249,25 @@ def test_html_may_have_longer_lines():
 )
 def test_steps_pickle(step):
   assert pickle.loads(pickle.dumps(step)) == step
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('text', ['\n' * 100_000, ' \n' * 50_000, 'a\n ' * 30_000])
+def test_languages_of_long_runs(text):
+  for name in ('x.h', 'x.m', 'x.pl', 'x.s', 'x.ts', 'x.inc', 'x'):
+    code_languages.language_of(name, text)
+
+
+def test_links_to_licences(tmp_path):
+  for name in ('inside', 'outside', 'broken', 'loop'):
+    files = {'package.json': '{"license": "MIT"}', 'x.py': BODY}
+    write(tmp_path, {f'o/{name}/{path}': text for path, text in files.items()})
+  gpl = test_licences.COPYLEFT['GPL-3.0']
+  write(tmp_path, {'o/inside/texts/three': gpl, 'elsewhere/r/text': test_licences.MIT})
+  (tmp_path / 'o/inside/LICENSE').symlink_to('texts/three')
+  (tmp_path / 'o/outside/LICENSE').symlink_to('../../elsewhere/r/text')
+  (tmp_path / 'o/broken/LICENSE').symlink_to('nowhere')
+  (tmp_path / 'o/loop/LICENSE').symlink_to('LICENSE')
+  kinds = {d.id: d.meta['licence_kind'] for d in read(tmp_path)}
+  assert kinds['o/inside/x.py'] == 'copyleft'
+  assert {kinds[f'o/{n}/x.py'] for n in ('outside', 'broken', 'loop')} == {'unknown'}

@@ -123,6 +123,36 @@ DISGUISES = {
     'README.rst': f'A tool.\n\nLicense\n-------\n{text}\n', 'src.py': MIT
   },
 }  # fmt: skip
+PLACES = ('GNU_GPL.txt', 'license/gpl/LICENSE', 'docs/LICENSE', 'legal/COPYING')
+for place in (*PLACES, 'NOTICE', 'EULA.txt'):
+  DISGUISES[place] = lambda name, text, place=place: {
+    'package.json': '{"license": "MIT"}', place: text
+  }  # fmt: skip
+DISGUISES['README.en.md'] = lambda name, text: {
+  'package.json': '{"license": "MIT"}', 'README.en.md': f'A.\n\n## License\n\n{text}\n'
+}  # fmt: skip
+
+
+def test_notices_and_documents_permit_nothing():
+  for path in ('NOTICE', 'EULA.txt', 'docs/LICENSE'):
+    assert licences.detect({path: MIT}) == licences.UNKNOWN
+    choice = {path: 'Licensed under MIT or GPL-3.0', 'COPYING': COPYLEFT['GPL-3.0']}
+    assert licences.detect(choice).kind == 'copyleft'
+
+
+@pytest.mark.parametrize('text', [
+  '[' * 100_000, 'tool = 5', 'workspace = 3', 'workspace = [1]', 'a = ' + '9' * 9999,
+  '{"license": "' + '(' * 100_000 + '"}', '"license":' + ' ' * 100_000,
+  '<license>' * 11_000, '<license>' + '<' * 100_000 + '</license>', '-\n' * 50_000,
+  '&#' + '9' * 100_000, ' mit or ' + '2 ' * 50_000,
+  'mit 2 2 2 2 2 2 2 2 2 2 or ' * 4000,
+  'SPDX-License-Identifier: ' + '(' * 100_000, 'MIT AND ' * 12_000,
+], ids=lambda text: text[:20])  # fmt: skip
+@pytest.mark.timeout(120)
+def test_malicious_evidence(text):
+  for path in ('package.json', 'Cargo.toml', 'pyproject.toml', 'pom.xml', 'LICENSE'):
+    assert licences.detect({path: text}) is not None
+  assert licences.of_file(text) is not None
 
 
 @pytest.mark.parametrize('disguise', DISGUISES)

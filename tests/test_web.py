@@ -178,3 +178,10 @@ def test_short_documents_are_dropped():
   assert step(documents.Document('2', 'x' * 400)).reason == 'too few words'
   kept = documents.Document('3', 'long enough')
   assert step(kept) is kept
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('unit', ['<!--x-->', '<!--x-->\n', '<!--', '</p ', ' '])
+def test_is_html_of_long_runs(unit):
+  assert not web.is_html(unit * (100_000 // len(unit)) + 'plain text')
+  assert web.is_html(unit * 40 + '<p>x') == (unit not in ('<!--', '</p '))

@@ -96,7 +96,8 @@ class Repositories:
 
   def _folder(self, data_dir, repository, folder, above):
     entries = _entries(os.path.join(data_dir, folder))
-    licence = self._licence(os.path.join(data_dir, folder), entries, above)
+    root = os.path.join(data_dir, repository)
+    licence = self._licence(root, os.path.join(data_dir, folder), entries, above)
     for entry in entries:
       path = os.path.join(folder, entry.name)
       if entry.is_symlink() or entry.name in _CONTROL:
@@ -106,22 +107,13 @@ class Repositories:
       elif entry.is_file():
         yield self._file(os.path.join(data_dir, path), path, repository, licence)
 
-  def _licence(self, folder, entries, above) -> licences.Licence:
+  def _licence(self, root, folder, entries, above) -> licences.Licence:
     if above.kind == 'copyleft':
       return above
     texts = {}
     for entry in entries:
-      if entry.is_symlink():
-        continue
-      if entry.is_file():
-        names = [entry.name]
-      elif re.fullmatch('licen[sc]es?', entry.name, re.IGNORECASE):
-        inside = _entries(os.path.join(folder, entry.name))
-        names = [os.path.join(entry.name, e.name) for e in inside if e.is_file()]
-      else:
-        continue
-      for name in filter(licences.is_evidence, names):
-        texts[name] = _start(os.path.join(folder, name))
+      for name in _evidence(folder, entry.name, licences.evidence_depth(entry.name)):
+        texts[name] = _start(root, os.path.join(folder, name))
     own = licences.detect(texts, self.rules) if texts else licences.UNKNOWN
     return above if own == licences.UNKNOWN else own
 
@@ -174,9 +166,26 @@ def _size(folder: str) -> int:
   return total
 
 
-def _start(path: str) -> str:
-  with open(path, 'rb') as f:
-    return f.read(_EVIDENCE_BYTES).decode('utf-8', 'replace')
+def _evidence(folder: str, path: str, depth: int) -> Iterator[str]:
+  """The evidence at a path relative to a folder, and in so many levels below it."""
+  place = os.path.join(folder, path)
+  if os.path.isdir(place):
+    for entry in _entries(place) if depth else ():
+      yield from _evidence(folder, f'{path}/{entry.name}', depth - 1)
+  elif licences.is_evidence(path) and (os.path.isfile(place) or os.path.islink(place)):
+    yield path
+
+
+def _start(root: str, path: str) -> str | None:
+  """The beginning of a file of a repository; None if it is none or cannot be read."""
+  real, root = os.path.realpath(path), os.path.realpath(root)
+  if os.path.commonpath([real, root]) != root or not os.path.isfile(real):
+    return None
+  try:
+    with open(real, 'rb') as f:
+      return f.read(_EVIDENCE_BYTES).decode('utf-8', 'replace')
+  except OSError:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

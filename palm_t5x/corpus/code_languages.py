@@ -53,9 +53,10 @@ _PERL = re.compile(
   r'^#!.*perl|\buse\s+(?:strict|warnings|\w+::)|\bmy\s*[$@%(]|^=pod', re.M
 )
 _PROLOG = re.compile(r'^(?::-|[a-z]\w*(?:\([^)\n]*\))?\s*:-)|^%', re.MULTILINE)
-_S = re.compile(r'<-\s*function\s*\(|^\s*[\w.]+\s*<-\s|\blibrary\(', re.MULTILINE)
+_S = re.compile(r'<-\s*function\s*\(|^[^\S\n]*[\w.]+\s*<-\s|\blibrary\(', re.MULTILINE)
 _ASSEMBLY = re.compile(
-  r'^\s*\.(?:text|data|globl|global|section|align|file|type)\b|^\s*#include\b|\bmov[lqb]?\s',
+  r'^[^\S\n]*(?:\.(?:text|data|globl|global|section|align|file|type)|#include)\b'
+  r'|\bmov[lqb]?\s',
   re.MULTILINE,
 )
 _START = 20_000  # characters that decide between languages of one extension

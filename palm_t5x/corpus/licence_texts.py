@@ -43,6 +43,10 @@ PERMISSIVE = (
 
 _TAG = re.compile(r'</?[a-z][^<>]{0,200}>')
 _WORD_COMMENT = re.compile(r'^[ \t]*(?:rem|dnl)[ \t]', re.MULTILINE)
+# A word hyphenated at a line's end; a run with no word behind it is taken whole too,
+# lest it be searched again from each of its lines.
+_HYPHEN = re.compile(r'-\n[\s#*/;%!"\'|.:>-]*+([a-z])?')
+_HUGE_NUMBER = re.compile('&#[0-9]{8,};?')  # Python reads no thousands of digits
 _OTHER = re.compile(r'[^a-z0-9+]+')
 
 
@@ -55,10 +59,8 @@ def normalised(text: str) -> str:
   if '<' in text:
     text = _TAG.sub(' ', text)
   if '&' in text:
-    text = html.unescape(text).replace('\xa0', ' ')
-  text = re.sub(
-    r'-\n[\s#*/;%!"\'|.:>-]*(?=[a-z])', '', text
-  )  # hyphenated at a line's end
+    text = html.unescape(_HUGE_NUMBER.sub(' ', text)).replace('\xa0', ' ')
+  text = _HYPHEN.sub(lambda match: match[1] or match[0], text)
   text = text.replace('licence', 'license')
   return f' {_OTHER.sub(" ", text).strip()} '
 

@@ -21,6 +21,7 @@ from palm_t5x.corpus.licence_texts import COPYLEFT, PERMISSIVE
 _HEADER = 8000  # characters of a file in which its notice is looked for
 _STRANGE = 60  # words from which a licence file that is not recognised counts
 _LONGEST = 200_000  # characters of a licence file that are read
+_LONGEST_FIELD = 4000  # characters of an SPDX expression; a longer one is read as words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,11 @@ class _Found:
     self.covered |= other.covered
     self.choice = self.choice or other.choice
 
+  def against(self) -> '_Found':
+    """The copyleft in it to which it offers no alternative, and nothing else."""
+    left = {k: v for k, v in self.copyleft.items() if v[0] not in self.covered}
+    return _Found(copyleft=left)
+
   def licence(self) -> Licence:
     for name, (family, where) in self.copyleft.items():
       if family not in self.covered:
@@ -94,7 +100,8 @@ class _Found:
 # Names of licence files; a file of source code is none.
 _LICENCE_FILE = re.compile(
   r'(?:.*[-_. ])?(?:un)?licen[sc]es?(?:[-_. ].*)?|copying.*|copyright(?:[-_. ].*)?'
-  r'|[al]?gpl[-_.v\d]*(?:\.\w+)?|legal(?:\.\w+)?',
+  r'|(?:.*[-_. ])?(?:[al]?gpl|gfdl|mpl|epl|eupl|cddl)[-_.v\d]*(?:\.\w+)?'
+  r'|legal(?:\.\w+)?',
   re.IGNORECASE,
 )
 _SOURCE = re.compile(
@@ -102,7 +109,12 @@ _SOURCE = re.compile(
   r'|dart|pl|sql|sh|css|scss|png|svg|json|ya?ml|xml|gradle|vue|ejs|tmpl|key|lic|el|clj)$',
   re.IGNORECASE,
 )
-_README = re.compile(r'readme(?:\.\w+)?', re.IGNORECASE)
+_README = re.compile(r'readme[.\w-]*', re.IGNORECASE)
+# What may make a folder copyleft, and never permissive: notices about the parts of a
+# program, and licence files in folders of documents.
+_NOTICE_FILE = re.compile(r'(?:notices?|eula)(?:[-_. ].*)?', re.IGNORECASE)
+_LICENCE_FOLDER = re.compile(r'licen[sc]es?', re.IGNORECASE)
+_DOCUMENTS_FOLDER = re.compile(r'docs?|documentation|legal', re.IGNORECASE)
 _METADATA = re.compile(
   r'package\.json|composer\.json|bower\.json|setup\.(?:cfg|py)|pyproject\.toml'
   r'|cargo\.toml|pom\.xml|pubspec\.ya?ml|description|.*\.(?:gemspec|nuspec|cabal|rockspec)'
@@ -115,27 +127,50 @@ _METADATA = re.compile(
 def is_evidence(path: str) -> bool:
   """Whether a file, by its path relative to the folder in question, is looked at.
 
-  Files of the folder itself count, and those in its LICENSES/ folder.
+  Files of the folder itself count, all below its LICENSES/ folder, and licence files
+  in its docs/ or legal/ folder.
   """
-  folder, name = os.path.split(path)
-  if folder:
-    return bool(re.fullmatch(r'licen[sc]es?', folder, re.IGNORECASE))
-  return bool(_is_licence_file(name) or _README.fullmatch(name) or _is_metadata(name))
+  folder, _, rest = path.partition('/')
+  if not rest:
+    return _is_licence_file(path) or _is_readme(path) or _is_metadata(path)
+  if _DOCUMENTS_FOLDER.fullmatch(folder):
+    return '/' not in rest and _is_licence_file(rest)
+  return bool(_LICENCE_FOLDER.fullmatch(folder))
+
+
+def evidence_depth(folder: str) -> int:
+  """How many levels of a folder of this name, below the one in question, count."""
+  if _DOCUMENTS_FOLDER.fullmatch(folder):
+    return 1
+  return 3 if _LICENCE_FOLDER.fullmatch(folder) else 0
 
 
 def _is_licence_file(name: str) -> bool:
-  return bool(_LICENCE_FILE.fullmatch(name)) and not _SOURCE.search(name)
+  matches = _LICENCE_FILE.fullmatch(name) or _NOTICE_FILE.fullmatch(name)
+  return bool(matches) and not _SOURCE.search(name)
+
+
+def _is_readme(name: str) -> bool:
+  return bool(_README.fullmatch(name)) and not _SOURCE.search(name)
+
+
+def _only_drops(path: str) -> bool:
+  folder, _, name = path.rpartition('/')
+  if folder:
+    return bool(_DOCUMENTS_FOLDER.fullmatch(folder))
+  return bool(_NOTICE_FILE.fullmatch(name)) and not _LICENCE_FILE.fullmatch(name)
 
 
 def _is_metadata(name: str) -> bool:
   return bool(_METADATA.fullmatch(name))
 
 
-def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
+def detect(texts: Mapping[str, str | None], rules: Rules = DEFAULT) -> Licence:
   """The licence of a folder.
 
   Args:
-    texts: path relative to the folder -> text; files that are no evidence
+    texts: path relative to the folder -> text, or None where it cannot be read, which
+      is as a licence that is not recognised; files that are no evidence
       (`is_evidence`) are passed over.
     rules: which licences are copyleft and which permissive.
 
@@ -145,13 +180,22 @@ def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
   """
   found, weak = _Found(), _Found()
   for path in sorted(filter(is_evidence, texts)):
-    text, name = texts[path][:_LONGEST], os.path.basename(path)
-    found.add(_spdx_lines(text, rules), path)
+    text, name = texts[path], os.path.basename(path)
+    if text is None:
+      found.strange = path
+      continue
+    text = text[:_LONGEST]
+    spdx = _spdx_lines(text, rules)
+    if _only_drops(path):
+      for mine in (spdx, _prose(texts_lib.normalised(text), rules)):
+        found.add(mine.against(), path)
+      continue
+    found.add(spdx, path)
     if _is_metadata(name):
       for field in _fields(name.lower(), text):
         slash_is_or = name.lower() == 'cargo.toml'
         found.add(_field(field, rules, slash_is_or), path)
-    elif _README.fullmatch(name):
+    elif _is_readme(name):
       for phrase in _grants(text):
         weak.add(_prose(phrase, rules, names=True), path)
     else:
@@ -161,8 +205,8 @@ def detect(texts: Mapping[str, str], rules: Rules = DEFAULT) -> Licence:
       if not mine.copyleft and not mine.permissive and words.count(' ') > _STRANGE:
         found.strange = path
       if len(name.split('.')) + len(re.split('[-_]', name)) > 2 or '/' in path:
-        # LICENSE.GPL, MIT-LICENSE.txt, LICENSES/MPL-2.0.txt: the name says it too.
-        found.add(_prose(texts_lib.normalised(name), rules, names=True), path)
+        # LICENSE.GPL, LICENSES/MPL-2.0.txt, license/gpl/COPYING: the name says it too.
+        found.add(_prose(texts_lib.normalised(path), rules, names=True), path)
   # A README's word makes a folder copyleft, and permissive where all else is silent.
   found.add(dataclasses.replace(weak, permissive={}))
   found.permissive = found.permissive or weak.permissive
@@ -206,6 +250,8 @@ _OPERAND = re.compile(r'[A-Za-z0-9][A-Za-z0-9.+:-]*')
 
 def _field(value: str, rules: Rules, slash_is_or: bool) -> _Found:
   """What a metadata field says: an SPDX expression, or a name in words."""
+  if len(value) > _LONGEST_FIELD:
+    return _prose(texts_lib.normalised(value), rules, names=True)
   tokens = re.findall(
     r'\(|\)|[^\s()]+', value.replace('/', ' OR ' if slash_is_or else ' / ')
   )
@@ -213,7 +259,7 @@ def _field(value: str, rules: Rules, slash_is_or: bool) -> _Found:
     found, rest = _either(tokens, rules)
     if not rest:
       return found
-  except (ValueError, IndexError):
+  except (ValueError, IndexError, RecursionError):
     pass
   return _prose(texts_lib.normalised(value), rules, names=True)
 
@@ -275,10 +321,11 @@ def _identified(name: str, rules: Rules) -> _Found:
 
 # Sentences.
 
+# No word is in it in two ways, or a run of them would be tried in all combinations.
 _GAP = (
-  r'(?:(?:licenses?|licensed|version|v?\d+|v\d \d|style|clause|new|modified|revised'
-  r'|either|the|terms|of|under|gnu|at|your|option|choice|with|orlater|a|an|2|0|3|1|any|both'
-  r'|general|public|lesser) ){0,10}'
+  r'(?:(?:licenses?|licensed|version|v?\d+|style|clause|new|modified|revised'
+  r'|either|the|terms|of|under|gnu|at|your|option|choice|with|orlater|a|an|any|both'
+  r'|general|public|lesser) ){0,12}'
 )
 _P = (
   r'(?:mit|x11|expat|bsd\w*|apache\w*|isc|zlib|boost|unlicense|cc0|wtfpl|psf|ncsa'
@@ -373,9 +420,9 @@ def _fields(name: str, text: str) -> Iterator[str]:
   elif name.endswith('.toml'):
     yield from _of_toml(text)
   elif name.endswith(('.xml', '.nuspec', '.csproj')):
-    for block in re.findall(r'<licenses?\b[^>]*>(.*?)</licenses?>', text, re.S | re.I):
+    for block in _elements(text):
       yield from re.findall(r'<name>([^<]+)</name>', block) or [
-        re.sub('<.*?>', ' ', block)
+        re.sub('<[^<>]*>', ' ', block)
       ]
     yield from re.findall(
       r'<PackageLicen[sc]e(?:Expression|File)>([^<]+)<', text, re.IGNORECASE
@@ -385,11 +432,25 @@ def _fields(name: str, text: str) -> Iterator[str]:
   yield from re.findall(r'License :: (?:OSI Approved :: )?([^\'"\n,]+)', text)
 
 
+_LICENCE_TAG = re.compile(r'<(/?)licenses?(?![\w-])(?=[^<>]{0,200}>)', re.IGNORECASE)
+
+
+def _elements(text: str) -> Iterator[str]:
+  """The text from each <licenses> to the next closing tag; none is read twice."""
+  begin = None
+  for tag in _LICENCE_TAG.finditer(text):
+    if not tag[1]:
+      begin = tag.end() if begin is None else begin
+    elif begin is not None:
+      yield text[begin : tag.start()].partition('>')[2]
+      begin = None
+
+
 def _of_json(text: str) -> Iterator[str]:
   try:
     fields = json.loads(text)
-  except ValueError:
-    yield from re.findall(r'"licen[sc]es?"\s*:\s*\[?\s*"([^"]+)"', text)
+  except (ValueError, RecursionError):
+    yield from re.findall(r'"licen[sc]es?"\s*+:\s*+(?:\[\s*+)?"([^"]+)"', text)
     return
   if not isinstance(fields, dict):
     return
@@ -405,14 +466,13 @@ def _of_json(text: str) -> Iterator[str]:
 def _of_toml(text: str) -> Iterator[str]:
   try:
     fields = tomllib.loads(text)
-  except tomllib.TOMLDecodeError:
+  except (ValueError, RecursionError):  # numbers of thousands of digits, deep lists
     yield from _of_lines(text)
     return
-  tables = [fields.get(k) for k in ('package', 'project')]
-  tables += [(fields.get('tool') or {}).get('poetry')]
-  tables += [(fields.get('workspace') or {}).get('package')]
-  for table in tables:
-    value = table.get('license') if isinstance(table, dict) else None
+  for place in ('package', 'project', 'tool.poetry', 'workspace.package'):
+    value = fields
+    for key in (*place.split('.'), 'license'):
+      value = value.get(key) if isinstance(value, dict) else None
     value = value.get('text') if isinstance(value, dict) else value
     if isinstance(value, str):
       yield value

@@ -45,8 +45,9 @@ _DROPPED_ROLES = re.compile(
 _DROPPED_ARIA = _names(
   'navigation banner contentinfo complementary search dialog menu menubar alert'
 )
+# Possessive: a run of comments before other text would be split in every way.
 _BEGINS_AS_HTML = re.compile(
-  r'\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|div|p|table|article|'
+  r'\s*+(?:<!--(?:(?!-->).)*+-->\s*+)*+<(?:!doctype\s+html|html|head|body|div|p|table|article|'
   r'section|main|h[1-6]|ul|ol|a|span|script|meta|link|title)\b',
   re.IGNORECASE | re.DOTALL,
 )
