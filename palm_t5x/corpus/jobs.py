@@ -387,3 +387,20 @@ class _Shards:
           since -= _ALIVE_SECONDS
       self._seen[shard] = (data, since)
     return time.monotonic() - since < _ALIVE_SECONDS
+
+
+def default_workers(workers: int | None) -> int:
+  """The number of worker processes: `workers`, or for None one per usable core.
+
+  Raises:
+    UserError: it is not a number of processes.
+  """
+  if workers is None:
+    if hasattr(os, 'sched_getaffinity'):  # fewer than there are, in many containers
+      return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+  if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+    raise errors.UserError(
+      f'WORKERS = {workers!r}: it is a number of processes, or None.'
+    )
+  return workers
