@@ -217,6 +217,14 @@ def test_workers_die_with_their_parent(tmp_path, folder, out):
   assert max(notes(out).values()) <= 2 and set(notes(out)) == set(ONCE)
 
 
+def test_default_workers():
+  assert jobs.default_workers(None) == len(os.sched_getaffinity(0))
+  assert jobs.default_workers(3) == 3
+  for wrong in (0, -1, 1.5, '2', True):
+    with pytest.raises(errors.UserError, match=f'WORKERS = {wrong!r}'):
+      jobs.default_workers(wrong)
+
+
 def _children(pid):
   found = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
   return [*map(int, found)]

@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -204,3 +207,26 @@ def test_reader_does_not_import_tensorflow():
   out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
   assert out.stdout.strip() == '[]', out
   assert reader.__name__ == 'palm_t5x.corpus.reader'
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_waiting_for_another_builder_is_said(tmp_path, caplog, shared):
+  caplog.set_level(logging.INFO, 'palm_t5x')
+  path, order = str(tmp_path / 'store'), []
+
+  def wait():
+    with token_store.only_builder(path, shared):
+      order.append('second')
+
+  second = threading.Thread(target=wait)
+  with token_store.only_builder(path):
+    assert not caplog.messages
+    second.start()
+    deadline = time.monotonic() + 20
+    while not caplog.messages:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    order.append('first')
+  second.join(20)
+  assert order == ['first', 'second']
+  assert caplog.messages == [f'waiting for another process that works on {path}']

@@ -85,6 +85,11 @@ def test_shards_draw_and_the_last_learns(files):
     (['SOURCES=()'], 'nothing to learn a vocabulary from'),
     (['SOURCES=a', 'VOCABULARY_SIZE=100'], 'vocab_size = 100 leaves no room'),
     ([], "no sub-corpus 'books'"),
+    (["SOURCES={'a': 1.0, 'b': 0.0}"], "SOURCES gives 'b' the weight 0.0"),
+    (["SOURCES={'a': 1.0, 'b': -2}"], "SOURCES gives 'b' the weight -2"),
+    (["SOURCES={'a': 1.0, 'b': 'c'}"], "SOURCES gives 'b' the weight 'c'"),
+    (['SOURCES=a', 'SAMPLE_BYTES=0'], 'SAMPLE_BYTES = 0'),
+    (['SOURCES=a', 'WORKERS=0'], 'WORKERS = 0: it is a number of processes'),
   ],
 )
 def test_mistakes(files, bindings, message):

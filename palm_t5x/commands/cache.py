@@ -5,8 +5,6 @@ in shards, or by Apache Beam; and `--verify`, which reads what was built.
 """
 
 import functools
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,12 +61,7 @@ def cache(
   from palm_t5x.corpus import jobs
 
   seed = seed or 0
-  if workers is None:
-    workers = (
-      len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
-    )
-  if not isinstance(workers, int) or workers < 1:
-    raise UserError(f'WORKERS = {workers!r}: it is a number of processes, or None.')
+  workers = jobs.default_workers(workers)
   jobs.check_shard(shard_id, num_shards)
   if verify:
     _check_exists(vocabulary)

@@ -1,11 +1,12 @@
 """`t5x vocab`: learns a lossless SentencePiece vocabulary from a sample of text."""
 
 import glob
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palm_t5x.corpus import learning, readers, vocabulary_sample
+from palm_t5x.corpus import jobs, learning, readers, vocabulary_sample
 from palm_t5x.corpus import vocabulary as vocabulary_lib
 from palm_t5x.errors import UserError
 from palm_t5x.progress import PrepareProgress
@@ -35,8 +36,12 @@ def vocab(
       the folder of the vocabulary.
 
   Raises:
-    UserError: nothing to learn from, or sources that are not there.
+    UserError: nothing to learn from, sources that are not there, or numbers that make
+      no sense.
   """
+  workers = jobs.default_workers(workers)
+  if sample_bytes is not None and not _is_positive(sample_bytes, 1):
+    raise UserError(f'SAMPLE_BYTES = {sample_bytes!r}: it is 1 or more bytes, or None.')
   if vocabulary.exists():
     print(f'{vocabulary.path} is there already; delete it to learn it again.')
     _say(vocabulary)
@@ -46,9 +51,9 @@ def vocab(
     vocabulary,
     sample,
     sources if isinstance(sources, str) else ', '.join(sources),
-    sample_bytes,
+    None if sample_bytes is None else int(sample_bytes),
     progress=PrepareProgress(),
-    workers=workers or os.cpu_count() or 1,
+    workers=workers,
     shard_id=shard_id,
     num_shards=num_shards,
   )
@@ -86,10 +91,23 @@ def _sources(sources: Any) -> list[vocabulary_sample.Source]:
         f'SOURCES names {path!r}, which is neither a file or folder (seen from '
         f'{os.getcwd()}) nor a task or mixture of `t5x tasks`.'
       )
+    if weight is not None and not _is_positive(weight):
+      raise UserError(
+        f'SOURCES gives {path!r} the weight {weight!r}: weights are numbers above 0; '
+        'leave out what nothing is to be drawn from.'
+      )
     parts = _parts(path)
-    size = sum(part.num_bytes for part in parts)
-    found.append(vocabulary_sample.Source(path, weight or size, parts))
+    size = max(1, sum(part.num_bytes for part in parts))
+    weight = size if weight is None else weight
+    found.append(vocabulary_sample.Source(path, weight, parts))
   return found
+
+
+def _is_positive(value: Any, least: float = 0.0) -> bool:
+  """Whether it is a finite number above 0, and not below `least`."""
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  return value > 0 and value >= least and math.isfinite(value)
 
 
 def _parts(path: str) -> list:

@@ -89,10 +89,11 @@ def learn(
     **how: workers, shard_id and num_shards, as in `jobs.run`.
 
   Returns:
-    whether it was learned; False where other shards have yet to draw their text.
+    whether it was learned; False where other shards have yet to draw their text. Of
+    shards that find it all drawn one learns, and the others wait for it.
 
   Raises:
-    UserError: there is no text, or no `vocab_size`.
+    UserError: there is no text, or no `vocab_size`, or shards without a shared folder.
   """
   if not vocabulary.has_size:
     raise errors.UserError(
@@ -101,33 +102,54 @@ def learn(
   size = vocabulary.vocab_size
   budget = sample_bytes or max(MIN_SAMPLE_BYTES, SAMPLE_BYTES_PER_PIECE * size)
   shared = how.get('num_shards', 1) > 1
+  if shared and storage.is_remote(vocabulary.path):
+    raise errors.UserError(
+      f'{vocabulary.path} lies in a bucket, and the shards need a folder that they '
+      'share for the text they draw: learn it with --num_shards=1, or at a path that '
+      'all machines mount.'
+    )
   with token_store.only_builder(vocabulary.path, shared), _folder(vocabulary) as folder:
     if vocabulary.exists():
       return True
     job = _job(folder, sample, budget, shared)
     local = any(_is_local(source) for source in sample)
-    stage = vocabulary_sample.stage(sample, budget, folder, local)
-    if not jobs.run(job, [stage], progress=progress, **how):
+    stages = vocabulary_sample.stages(sample, budget, folder, local)
+    how['finished'] = vocabulary.exists
+    if not jobs.run(job, stages, progress=progress, **how):
       return False
-    texts = vocabulary_sample.first(vocabulary_sample.texts(sample, budget, folder))
-    if texts is None:
-      job.delete()  # so that it is drawn again when there is some
-      raise errors.UserError(
-        f"'{note}' has no text in its split 'train': there is nothing to learn a "
-        'vocabulary from. Check where it reads its files from.'
-      )
-    if progress:
-      progress(f'learning {size:,} pieces from {note}', 0, 0)
-    vocabulary_lib.train(
-      texts,
-      vocabulary.path,
-      size,
-      model_type=vocabulary.model_type,
-      character_coverage=vocabulary.character_coverage,
-      note=note,
-    )
-    job.delete()
+    if not shared:
+      _learn(vocabulary, sample, note, budget, job, progress)
+      return True
+  # Every shard comes here, when no shard draws or reads any more: the first one learns.
+  with token_store.only_builder(vocabulary.path):
+    if not vocabulary.exists():
+      _learn(vocabulary, sample, note, budget, job, progress)
   return True
+
+
+def _learn(vocabulary, sample, note: str, budget: int, job: jobs.Job, progress) -> None:
+  """Learns from the drawn text, then deletes that; for one process at a time."""
+  texts = None
+  if storage.exists(job.folder):  # else another shard found no text in it
+    texts = vocabulary_sample.texts(sample, budget, job.folder)
+    texts = vocabulary_sample.first(texts)
+  if texts is None:
+    job.delete()  # so that it is drawn again when there is some
+    raise errors.UserError(
+      f"'{note}' has no text in its split 'train': there is nothing to learn a "
+      'vocabulary from. Check where it reads its files from.'
+    )
+  if progress:
+    progress(f'learning {vocabulary.vocab_size:,} pieces from {note}', 0, 0)
+  vocabulary_lib.train(
+    texts,
+    vocabulary.path,
+    vocabulary.vocab_size,
+    model_type=vocabulary.model_type,
+    character_coverage=vocabulary.character_coverage,
+    note=note,
+  )
+  job.delete()
 
 
 def _is_local(source: vocabulary_sample.Source) -> bool:

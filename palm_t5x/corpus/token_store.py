@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ import tensorstore as ts
 
 from palm_t5x import errors
 from palm_t5x.corpus import sampling, storage
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 ARRAYS = ('tokens', 'offsets', 'hashes', 'inputs_lengths')
@@ -182,7 +185,12 @@ def only_builder(path: str, shared: bool = False):
     lock = os.open(path + '.lock', os.O_CREAT | os.O_RDWR)
   try:
     with contextlib.suppress(OSError):  # a file system without locks
-      fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+      try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+      except BlockingIOError:
+        logger.info('waiting for another process that works on %s', path)
+        fcntl.flock(lock, kind)
     yield
   finally:
     os.close(lock)

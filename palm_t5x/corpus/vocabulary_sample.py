@@ -33,25 +33,71 @@ class Source:
   weight: float
   parts: Sequence[documents.Part]
 
-  def units(self, number: int, budget: int, folder: str) -> list[jobs.Unit]:
-    """The units of the stage 'sample'; every one draws from one part."""
+  def limit(self, budget: int) -> float:
+    """The number up to which documents are drawn at first.
+
+    Most documents of a large source cannot be in the sample: they are passed over. It
+    goes by the size of the files, which may hold less text than that.
+    """
     size = sum(part.num_bytes for part in self.parts)
     known = all(part.num_bytes for part in self.parts)
-    # Of a large source most documents cannot be in the sample: they are passed over.
-    limit = min(1.0, (2 * budget + _SLACK) / size) if known and size else 1.0
+    return min(1.0, (2 * budget + _SLACK) / size) if known and size else 1.0
+
+  def units(self, span: tuple[float, float], budget: int, paths) -> list[jobs.Unit]:
+    """Units that draw from one part each, documents with numbers in [low, high)."""
     return [
       jobs.Unit(
-        f'{number}-{i:05d}',
+        os.path.basename(path).split('.')[0],
         _draw,
-        (part, self.name, limit, budget, _path(folder, number, i)),
+        (part, self.name, span, budget, path),
         max(part.num_bytes, 1),
       )
-      for i, part in enumerate(self.parts)
+      for part, path in zip(self.parts, paths, strict=True)
     ]
 
 
-def _path(folder: str, source: int, part: int) -> str:
-  return os.path.join(folder, 'drawn', f'{source}-{part:05d}.jsonl.zst')
+class _Smallest:
+  """The texts with the smallest numbers: as few as come to `budget` bytes, each once.
+
+  Those of a whole are the same as those of its parts' smallest.
+  """
+
+  def __init__(self, budget: int):
+    self.size = 0
+    self._budget = budget
+    self._heap: list[tuple[float, str]] = []  # the largest number first
+    self._sizes: dict[tuple[float, str], int] = {}
+
+  def __len__(self) -> int:
+    return len(self._heap)
+
+  def is_past(self, number: float) -> bool:
+    """Whether no text with this number, or a larger one, can be among them."""
+    return self.size >= self._budget and number > -self._heap[0][0]
+
+  def add(self, number: float, text: str) -> None:
+    """Takes the text in, if it is among the smallest, and others out."""
+    entry = (-number, text)
+    if self.is_past(number) or entry in self._sizes:
+      return
+    self._sizes[entry] = len(text.encode())
+    self.size += self._sizes[entry]
+    heapq.heappush(self._heap, entry)
+    while self.size - self._sizes[self._heap[0]] >= self._budget:
+      self.size -= self._sizes.pop(heapq.heappop(self._heap))
+
+  def add_files(self, paths: Sequence[str]) -> None:
+    """Takes in what `_draw` wrote; one file is open at a time, there are thousands."""
+    for path in paths:
+      for document in documents.read(path):
+        number = float(document.id)
+        if self.is_past(number):
+          break  # as are all that follow
+        self.add(number, document.text)
+
+  def sorted(self) -> list[tuple[float, str]]:
+    """(number, text), the smallest number first."""
+    return [(-number, text) for number, text in sorted(self._heap, reverse=True)]
 
 
 def budgets(sources: Sequence[Source], sample_bytes: int) -> list[int]:
@@ -60,40 +106,88 @@ def budgets(sources: Sequence[Source], sample_bytes: int) -> list[int]:
   return [max(1, int(sample_bytes * s.weight / total)) for s in sources]
 
 
-def stage(
+class _Share:
+  """A source's part in the sample, and where its drawn text lies."""
+
+  def __init__(self, number: int, source: Source, budget: int, folder: str):
+    self.source, self.budget, self.limit = source, budget, source.limit(budget)
+    names = [f'{number}-{i:05d}.jsonl.zst' for i in range(len(source.parts))]
+    self._drawn = [os.path.join(folder, 'drawn', name) for name in names]
+    # Not the same files: what is missing must look the same after a kill.
+    self._more = [os.path.join(folder, 'drawn_again', name) for name in names]
+
+  def units(self) -> list[jobs.Unit]:
+    """Of the stage 'sample'."""
+    return self.source.units((0.0, self.limit), self.budget, self._drawn)
+
+  def units_again(self) -> list[jobs.Unit]:
+    """Of the stage 'again', for what the documents below the limit leave missing."""
+    if self.limit >= 1:
+      return []
+    missing = self.budget - self._first().size
+    if missing <= 0:
+      return []
+    return self.source.units((self.limit, 1.0), missing, self._more)
+
+  def _first(self) -> _Smallest:
+    chosen = _Smallest(self.budget)
+    chosen.add_files(self._drawn)
+    return chosen
+
+  def texts(self) -> Iterator[str]:
+    """Its part of the sample, when both stages are done."""
+    chosen, left = self._first(), self.budget
+    if chosen.size < self.budget and self.limit < 1:
+      chosen.add_files(self._more)
+    for _, text in chosen.sorted():
+      text = text[: max(1, left)]  # a document longer than what is left is cut
+      left -= len(text.encode())
+      yield text
+
+
+def _shares(sources: Sequence[Source], sample_bytes: int, folder: str) -> list[_Share]:
+  each = zip(sources, budgets(sources, sample_bytes), strict=True)
+  return [_Share(i, source, budget, folder) for i, (source, budget) in enumerate(each)]
+
+
+def stages(
   sources: Sequence[Source], sample_bytes: int, folder: str, local: bool = False
-) -> jobs.Stage:
-  """The stage that draws the sample; `local` if the parts do not pickle."""
+) -> list[jobs.Stage]:
+  """The stages that draw the sample; `local` if the parts do not pickle.
+
+  The second is for sources that had less text below their limit than their share.
+  """
 
   def units(job):
     del job
-    shares = enumerate(zip(sources, budgets(sources, sample_bytes), strict=True))
-    return [
-      unit
-      for number, (source, budget) in shares
-      for unit in source.units(number, budget, folder)
-    ]
+    shares = _shares(sources, sample_bytes, folder)
+    return [unit for share in shares for unit in share.units()]
 
-  return jobs.Stage('sample', units, 'drawing text', local)
+  def units_again(job):
+    del job
+    shares = _shares(sources, sample_bytes, folder)
+    return [unit for share in shares for unit in share.units_again()]
+
+  return [
+    jobs.Stage('sample', units, 'drawing text', local),
+    jobs.Stage('again', units_again, 'drawing more text', local),
+  ]
 
 
-def _draw(part, name: str, limit: float, budget: int, path: str) -> dict[str, int]:
-  """Unit of 'sample': the documents of a part with the smallest numbers."""
-  chosen: list[tuple[float, str]] = []  # a heap with the largest number first
-  size = 0
+def _draw(
+  part, name: str, span: tuple[float, float], budget: int, path: str
+) -> dict[str, int]:
+  """A unit: the documents of a part with the smallest numbers in a span."""
+  low, high = span
+  chosen = _Smallest(budget)
   for text in _texts(part):
     number = documents.uniform(name, documents.text_hash(text).hex())
-    if number >= limit:
-      continue
-    text = text[:_LONGEST]
-    heapq.heappush(chosen, (-number, text))
-    size += len(text.encode())
-    while size - len(chosen[0][1].encode()) >= budget:
-      size -= len(heapq.heappop(chosen)[1].encode())
+    if low <= number < high:
+      chosen.add(number, text[:_LONGEST])
   with documents.Writer(path) as writer:
-    for number, text in sorted(chosen, reverse=True):
-      writer.add(documents.Document(f'{-number:.17f}', text))
-  return {'documents': len(chosen), 'bytes': size}
+    for number, text in chosen.sorted():
+      writer.add(documents.Document(f'{number:.17f}', text))
+  return {'documents': len(chosen), 'bytes': chosen.size}
 
 
 def _texts(part) -> Iterator[str]:
@@ -104,24 +198,12 @@ def _texts(part) -> Iterator[str]:
 
 
 def texts(sources: Sequence[Source], sample_bytes: int, folder: str) -> Iterator[str]:
-  """The sample, source after source, once the stage is done.
+  """The sample, source after source, once the stages are done.
 
   A source with less text than its share gives all it has.
   """
-  shares = budgets(sources, sample_bytes)
-  for number, (source, left) in enumerate(zip(sources, shares, strict=True)):
-    files = [documents.read(_path(folder, number, i)) for i in range(len(source.parts))]
-    previous = None
-    for document in heapq.merge(*files, key=lambda d: (d.id, d.text)):
-      if document.text == previous:  # duplicates have one number
-        continue
-      previous = document.text
-      # A document longer than what is left is cut.
-      text = document.text[: max(1, left)]
-      left -= len(text.encode())
-      yield text
-      if left <= 0:
-        break
+  for share in _shares(sources, sample_bytes, folder):
+    yield from share.texts()
 
 
 def first(texts_: Iterator[str]) -> Iterator[str] | None:
