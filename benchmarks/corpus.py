@@ -1,6 +1,6 @@
 """MB per second and core of every stage of a corpus, each beside the obvious way.
 
-    python benchmarks/corpus.py [--megabytes 16] [--files 1000,10000]
+    python benchmarks/corpus.py [--megabytes 16] [--files 1000,10000] [--chain 128]
 
 The text is Python's own library and help topics, in as many variations as it takes; all
 stages see the same documents. Then near-duplicates among more and more files, and the
@@ -111,10 +111,7 @@ def stages(texts: list[str], folder: pathlib.Path) -> None:
   """Every stage on one core."""
   size = sum(len(text.encode()) for text in texts)
   raw = folder / 'raw'
-  raw.mkdir()
-  with open(raw / 'all.jsonl', 'w', encoding='utf-8') as f:
-    for i, text in enumerate(texts):
-      f.write(json.dumps({'id': i, 'text': text}) + '\n')
+  write(texts, raw)
   reader = readers.Files()
 
   def plain():
@@ -164,6 +161,14 @@ def stages(texts: list[str], folder: pathlib.Path) -> None:
     lambda: exhaust(minhash.records(rows(), **signing)),
     sketch, 'datasketch, word 3-grams',
   )  # fmt: skip
+
+
+def write(texts: list[str], raw: pathlib.Path) -> None:
+  """The texts as a file of JSON lines."""
+  raw.mkdir()
+  with open(raw / 'all.jsonl', 'w', encoding='utf-8') as f:
+    for i, text in enumerate(texts):
+      f.write(json.dumps({'id': i, 'text': text}) + '\n')
 
 
 def scored(texts: list[str], size: int, folder: pathlib.Path) -> None:
@@ -273,7 +278,8 @@ def chain(texts: list[str], folder: pathlib.Path, vocabulary_path: str) -> None:
 
   vocabulary = vocabulary_lib.SentencePieceVocabulary(vocabulary_path)
   cores, size = os.cpu_count() or 1, sum(len(text.encode()) for text in texts)
-  places.use(str(folder / 'raw'), str(folder / 'corpora'))
+  write(texts, folder / 'chain_raw')
+  places.use(str(folder / 'chain_raw'), str(folder / 'corpora'))
   steps = (web.MinLength(), language.LanguageStep())
   stream = sub_corpus.Stream(readers.Files(part_bytes=4 << 20), steps)
   start = time.perf_counter()
@@ -300,6 +306,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--megabytes', type=float, default=16)
   parser.add_argument('--files', default='1000,10000')
+  parser.add_argument('--chain', type=float, default=128, help='megabytes of the chain')
   options = parser.parse_args()
   texts = texts_of(options.megabytes)
   with tempfile.TemporaryDirectory() as name:
@@ -307,7 +314,7 @@ def main():
     stages(texts, folder)
     path = stores(texts, folder)
     near([int(count) for count in options.files.split(',')])
-    chain(texts, folder, path)
+    chain(texts_of(options.chain), folder, path)
 
 
 if __name__ == '__main__':
