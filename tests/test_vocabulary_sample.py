@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 
+import fixture_tasks  # noqa: F401 (registers what is drawn from)
 import pytest
 
 from palm_t5x import errors
@@ -237,6 +238,7 @@ def test_shards_without_text_all_say_so(tmp_path, monkeypatch):
       learn(shard)
     said.append(shard)
 
+  assert not learn(1)
   monkeypatch.setattr(jobs, 'run', run_together)
   shards = [threading.Thread(target=both, args=(i,)) for i in range(2)]
   for thread in shards:
