@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,11 +95,6 @@ def uniform(*names) -> float:
   return (int.from_bytes(digest, 'little') >> 11) / (1 << 53)
 
 
-def temporary(path: str) -> str:
-  """A name beside `path` that no other process uses, on whichever machine."""
-  return f'{path}.{uuid.uuid4().hex[:12]}.tmp'
-
-
 class Writer:
   """Writes a file of documents: whole, fsynced and renamed on leaving the with block.
 
@@ -113,7 +107,7 @@ class Writer:
   """
 
   def __init__(self, path: str):
-    self._path, self._temporary = path, temporary(path)
+    self._path, self._temporary = path, storage.temporary(path)
     self._digest = hashlib.blake2b(digest_size=16)
     self.num_documents, self.checksum = 0, ''
 

@@ -5,12 +5,11 @@ does not depend on who did which part. Memory is bounded by the size of a bucket
 hashes of each part are written in sorted order, and a bucket is a range of hashes.
 """
 
-import contextlib
 import os
 
 import numpy as np
 
-from palm_t5x.corpus import documents, jobs, storage
+from palm_t5x.corpus import jobs, storage
 
 _BUCKET_DOCUMENTS = 4_000_000  # about 100 MB of hashes and places at a time
 _HASH = np.dtype([('high', '<u8'), ('low', '<u8'), ('ordinal', '<u8')])
@@ -39,18 +38,8 @@ class HashFile:
 
 def save(path: str, array: np.ndarray) -> None:
   """np.save, atomically and for good."""
-  temporary = documents.temporary(path)
-  with storage.writing(path):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-      with open(temporary, 'wb') as f:
-        np.save(f, array)
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    finally:
-      with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+  with storage.atomic(path) as f:
+    np.save(f, array)
 
 
 def stage(folder: str, hash_files, num_documents) -> jobs.Stage:

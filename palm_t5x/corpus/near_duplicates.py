@@ -14,7 +14,6 @@ restartably: sign -> candidates -> texts -> verify -> cluster. Its memory is bou
 whole corpus, about 200 bytes for every near-duplicate.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -324,7 +323,7 @@ def _gather(path, work, index, num_buckets, num_verifiers, buffer_bytes) -> dict
   ordinals = (wanted['location'] & np.uint64(0xFFFFFFFF)).tolist()
   waiting = list(zip(ordinals, wanted['unit'].tolist(), strict=True))[::-1]
   segments, buffers, size = [], {}, 0
-  with _writing(_path(work, 'texts', index, 'zst')) as f:
+  with storage.atomic(_path(work, 'texts', index, 'zst')) as f:
 
     def flush():
       for unit in sorted(buffers):
@@ -373,7 +372,7 @@ def _verify(work, unit, num_inputs, num_buckets, options) -> dict:
   pairs = minhash.unique_pairs(np.concatenate(pairs))
   found = similar(pairs, texts.__getitem__, options)
   _save(_path(work, 'similar', unit, 'bin'), found, np.zeros(len(found), int), 1)
-  with _writing(_path(work, 'ids', unit, 'json')) as f:
+  with storage.atomic(_path(work, 'ids', unit, 'json')) as f:
     near = sorted({*found['follower'].tolist(), *found['leader'].tolist()})
     f.write(json.dumps([[location, ids[location]] for location in near]).encode())
   return {'candidates': len(pairs), 'similar': len(found)}
@@ -401,7 +400,7 @@ def _cluster(work, num_inputs, num_verifiers) -> dict:
   for index in range(num_inputs):
     mine = slice(bounds[index], bounds[index + 1])
     both = zip(gone[mine].tolist(), kept[mine].tolist(), strict=True)
-    with _writing(_path(work, 'dropped', index, 'json')) as f:
+    with storage.atomic(_path(work, 'dropped', index, 'json')) as f:
       places = {d & 0xFFFFFFFF: (ids[d], ids[k]) for d, k in both}
       f.write(json.dumps(places, indent=0).encode())
   sizes = np.unique(kept, return_counts=True)[1] + 1
@@ -420,28 +419,10 @@ def _path(work: str, kind: str, index: int, ending: str) -> str:
   return os.path.join(work, kind, f'{_name(index)}.{ending}')
 
 
-@contextlib.contextmanager
-def _writing(path: str):
-  """A binary file that appears whole or not at all."""
-  temporary = documents_lib.temporary(path)
-  with storage.writing(path):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-      with open(temporary, 'wb') as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(temporary)
-      raise
-
-
 def _save(path: str, rows: np.ndarray, partition: np.ndarray, num: int) -> None:
   """Records that are sorted by the partition, 0 to num - 1, they belong to."""
   bounds = np.searchsorted(partition, np.arange(num + 1)).astype('<u8')
-  with _writing(path) as f:
+  with storage.atomic(path) as f:
     f.write(np.array([num], '<u8').tobytes() + bounds.tobytes())
     f.write(rows.tobytes())
 

@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 
 import tensorstore as ts
@@ -63,6 +64,32 @@ def writing(path: str):
     else:
       hint = text
     raise errors.Failure(f'Cannot write {path}: {hint}.') from e
+
+
+def temporary(path: str) -> str:
+  """A name beside `path` that no other process uses, on whichever machine."""
+  return f'{path}.{uuid.uuid4().hex[:12]}.tmp'
+
+
+@contextlib.contextmanager
+def atomic(path: str):
+  """A local binary file that appears whole, fsynced, or not at all.
+
+  Raises:
+    Failure: the disk is full or the folder cannot be written to.
+  """
+  unfinished = temporary(path)
+  with writing(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+      with open(unfinished, 'wb') as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(unfinished, path)
+    finally:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(unfinished)
 
 
 def read_bytes(path: str) -> bytes | None:
