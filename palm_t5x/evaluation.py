@@ -6,6 +6,7 @@ two functions it wants, `predict_fn` and `score_fn`, and keeps clear of its two 
 (ragged predictions; a log directory that does not exist).
 """
 
+import concurrent.futures
 import functools
 import logging
 import math
@@ -96,6 +97,26 @@ def combine(
   }
 
 
+class _AtOnce:
+  """An executor without threads, for SeqIO's Evaluator; its results are waited for.
+
+  The Evaluator joins its executor's thread when it is garbage. A collection that runs
+  while another thread is being started holds a lock which that join needs (Python
+  3.11): the process then never ends. Seen once, in the middle of a checkpoint.
+  """
+
+  def submit(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+    future: concurrent.futures.Future = concurrent.futures.Future()
+    try:
+      future.set_result(function())
+    except Exception as e:
+      future.set_exception(e)
+    return future
+
+  def shutdown(self, wait: bool = True) -> None:
+    del wait
+
+
 class TaskEvaluator:
   """Runs SeqIO metrics of a task or mixture with a model's predict and score.
 
@@ -131,6 +152,7 @@ class TaskEvaluator:
       log_dir=log_dir,
       use_memory_cache=cfg.use_memory_cache,
     )
+    self._evaluator._metrics_executor = _AtOnce()
     self.names = [t.name for t in self._evaluator.eval_tasks]
     if not self.names:
       logger.warning(
