@@ -33,7 +33,11 @@ ON = (
   'CHECKPOINT_PERIOD=10',
   'CHECKPOINT_KEEP=None',
 )
-LONG = ('TRAIN_STEPS=90', 'utils.create_learning_rate_scheduler.base_learning_rate=3.0')
+LONG = (
+  'TRAIN_STEPS=90',
+  'RANDOM_SEED=1',
+  'utils.create_learning_rate_scheduler.base_learning_rate=3.0',
+)
 
 
 def closing_loss(model_dir):
@@ -69,7 +73,7 @@ def test_a_run_with_corrupted_batches_recovers(workspace, planted_run, monkeypat
   # What other data of the same amount makes of it is the noise of a run this short.
   noise = max(abs(loss['other'] - loss['clean']), 0.01)
   assert abs(loss['saved'] - loss['clean']) < 3 * noise
-  assert loss['hurt'] - loss['clean'] > 5 * noise
+  assert loss['hurt'] - loss['clean'] > 10 * noise
 
 
 def test_a_rewind_is_the_run_that_skips_from_the_start(planted_run):
